@@ -1,0 +1,133 @@
+"""How attention is computed. A kernel maps (q, k, v, sight) to what each query gathers.
+
+All kernels agree (a test holds them equal): they differ in what they cost, and where. A query that sees nothing
+gathers zeros. Queries are (B, Tq, H, d), keys and values (B, Tk, G, d) with G dividing H (grouped queries).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mmformer.visibility import Group, Sight
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Sight], Tensor]
+
+# Above this many keys the score matrix of plain attention no longer fits the cache and SDPA's blocks win.
+PLAIN_KEYS = 768
+
+
+def attend(
+    q: Float[Tensor, "B Tq H d"], k: Float[Tensor, "B Tk G d"], v: Float[Tensor, "B Tk G d"], sight: Sight
+) -> Float[Tensor, "B Tq H d"]:
+    """The fastest kernel for where the tensors are: grouped or variable-length for packed rows, dense for padded."""
+    if not sight.packed:
+        return dense(q, k, v, sight)
+    if q.device.type == "cpu":
+        return grouped(q, k, v, sight)
+    if q.device.type != "cuda":
+        return dense(q, k, v, sight)
+    if sight.visibility.full and q.dtype in (torch.bfloat16, torch.float16):
+        return varlen(q, k, v, sight)
+    return flex(q, k, v, sight)
+
+
+def dense(
+    q: Float[Tensor, "B Tq H d"], k: Float[Tensor, "B Tk G d"], v: Float[Tensor, "B Tk G d"], sight: Sight
+) -> Float[Tensor, "B Tq H d"]:
+    """One SDPA call under the whole mask; for export, and the form the others are tested against."""
+    return _masked(q, k, v, sight.dense, _sdpa)
+
+
+def grouped(
+    q: Float[Tensor, "1 Tq H d"], k: Float[Tensor, "1 Tk G d"], v: Float[Tensor, "1 Tk G d"], sight: Sight
+) -> Float[Tensor, "1 Tq H d"]:
+    """Packed rows on a CPU: segments of like length go through one dense call together."""
+    parts = [_gather_group(q[0], k[0], v[0], group) for group in sight.groups]
+    rest = q.shape[1] - sum(group.query_tokens for group in sight.groups)
+    if rest:
+        parts.append(q.new_zeros(rest, *q.shape[2:]))
+    return torch.cat(parts)[None]
+
+
+def _gather_group(q: Tensor, k: Tensor, v: Tensor, group: Group) -> Float[Tensor, "t H d"]:
+    if not group.keys:
+        return q.new_zeros(group.query_tokens, *q.shape[1:])
+    q = q[group.query].view(group.count, group.queries, *q.shape[1:])
+    k = k[group.key].view(group.count, group.keys, *k.shape[1:])
+    v = v[group.key].view(group.count, group.keys, *v.shape[1:])
+    inner = _plain if _plain_is_faster(q, group.keys) else _sdpa
+    out = _masked(q, k, v, group.mask, inner).flatten(0, 1)
+    return out if group.out is None else out[group.out]
+
+
+def _plain_is_faster(q: Tensor, keys: int) -> bool:
+    """On a CPU, SDPA has no fast bf16 path, nor one for the oneDNN fp32 matmul (benchmarks/attention.py)."""
+    fast = q.dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"
+    return fast and keys <= PLAIN_KEYS
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "n 1 Lq Lk"] | None, inner: Callable) -> Tensor:
+    """Run (n, L, H, d) attention; queries that see nothing look everywhere and are then set to zero."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if mask is None:
+        return inner(q, k, v, None).transpose(1, 2)
+    sees = mask.any(-1, keepdim=True)
+    out = inner(q, k, v, mask | ~sees)
+    return torch.where(sees, out, 0).transpose(1, 2)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention as matmul, softmax, matmul."""
+    if q.shape[1] != k.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = torch.softmax(scores, -1, dtype=torch.float32)
+    return weights.to(v.dtype) @ v
+
+
+def varlen(
+    q: Float[Tensor, "1 Tq H d"], k: Float[Tensor, "1 Tk G d"], v: Float[Tensor, "1 Tk G d"], sight: Sight
+) -> Float[Tensor, "1 Tq H d"]:
+    """Packed rows on CUDA in half precision under the full rule: flash attention over cumulative lengths."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if not sight.visibility.full:
+        raise ValueError(f"variable-length flash attention knows only full attention, not {sight.visibility}: use flex")
+    bounds_q, bounds_k, longest_q, longest_k = sight.cumulative
+    total = int(sight.query.layout.total) if sight.query.layout else q.shape[1]
+    if q.shape[2] != k.shape[2]:
+        k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], 2) for t in (k, v))
+    out = varlen_attn(q[0, :total], k[0], v[0], bounds_q, bounds_k, longest_q, longest_k)
+    assert isinstance(out, Tensor)  # a pair only where the log-sum-exp is asked for
+    return F.pad(out, (0, 0, 0, 0, 0, q.shape[1] - total))[None]
+
+
+@cache
+def _compiled_flex() -> Callable:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def flex(
+    q: Float[Tensor, "B Tq H d"], k: Float[Tensor, "B Tk G d"], v: Float[Tensor, "B Tk G d"], sight: Sight
+) -> Float[Tensor, "B Tq H d"]:
+    """FlexAttention under a block mask: any rule, on CUDA with gradients, on a CPU without."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    run = _compiled_flex() if q.device.type == "cuda" and not torch.compiler.is_compiling() else flex_attention
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out = run(q, k, v, block_mask=sight.block_mask, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2)

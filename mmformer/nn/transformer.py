@@ -1,0 +1,51 @@
+"""A stack of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from mmformer.nn.block import Block
+from mmformer.tokens import Tokens
+from mmformer.visibility import Sights, Visibility
+
+
+class Transformer(nn.Module):
+    """`depth` layers made from a repeating pattern of layer factories, then a norm.
+
+    Layer i is made by `layers[i % len(layers)]`, each called with `dim`. `repeat` applies every layer that often in a
+    row with the same weights (ALBERT, arXiv 1909.11942, is depth 1 repeated), so the depth that is computed is depth x
+    repeat. `visibility` rules over all layers; a layer's own comes on top.
+
+    Raises:
+        ValueError: no layer factory for a depth above 0.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        layers: Sequence[Callable[[int], Block]],
+        *,
+        repeat: int = 1,
+        visibility: Visibility | None = None,
+        norm: Callable[[int], nn.Module] | None = nn.LayerNorm,
+    ):
+        super().__init__()
+        if depth and not layers:
+            raise ValueError(f"depth {depth} but no layers: give at least one layer factory")
+        self.repeat = repeat
+        self.visibility = visibility or Visibility()
+        self.layers = nn.ModuleList(layers[i % len(layers)](dim) for i in range(depth))
+        self.norm = norm(dim) if norm else nn.Identity()
+
+    def forward(self, tokens: Tokens, context: Tokens | None = None, visibility: Visibility | None = None) -> Tokens:
+        """Mix the tokens among themselves and with a context; `visibility` adds to the Transformer's own rule."""
+        rule = self.visibility if visibility is None else self.visibility & visibility
+        sights = Sights(tokens, tokens, rule)
+        cross_sights = None if context is None else Sights(tokens, context)
+        for layer in self.layers:
+            for _ in range(self.repeat):
+                tokens = layer(tokens, context, sights, cross_sights)
+        return tokens.with_x(self.norm(tokens.x))

@@ -1,0 +1,228 @@
+"""Token sequences: vectors that know what they are.
+
+A packed sequence is one row that holds every sample of the batch end to end (B = 1); a padded one has a row a
+sample. Packed is the layout of training, padded that of export and of backbones that know nothing else.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+PADDING = -1
+
+
+def modality_id(name: str) -> int:
+    """The number that marks tokens of a modality: a fixed hash of its name, so that the set stays open."""
+    return zlib.crc32(name.encode()) & 0x7FFFFFFF
+
+
+LATENT = "latent"
+"""Name of learned tokens that belong to no input: class tokens, queries, bottlenecks."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the segments of a packed row stand, in Python integers.
+
+    Segment i holds `lengths[i]` tokens of sample `samples[i]`; segments follow one another without a gap, and what is
+    left of the row after the last one is padding. `num_samples` counts all samples of the batch, also those that
+    have no token here.
+    """
+
+    samples: tuple[int, ...]
+    lengths: tuple[int, ...]
+    num_samples: int
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """Start of each segment, and the end of the last."""
+        return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)]).astype(np.int64)
+
+    @property
+    def total(self) -> int:
+        return int(self.offsets[-1])
+
+    @cached_property
+    def sample_of_token(self) -> np.ndarray:
+        return np.repeat(np.asarray(self.samples, dtype=np.int64), self.lengths)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokens:
+    """A batch of token sequences: B rows, T tokens, D channels.
+
+    `segment` says which tokens belong together. Attention never crosses it, and PADDING (-1) belongs to none.
+    A padded batch has one segment (0) a row; a packed one has one row of many, and its `layout` says the same on the
+    host. `position` is (time, row, column): causality and order follow time, all tokens of a picture share one.
+    """
+
+    x: Float[Tensor, "B T D"]
+    modality: Int[Tensor, "B T"]
+    position: Int[Tensor, "B T 3"]
+    segment: Int[Tensor, "B T"]
+    layout: Layout | None = field(default=None)
+
+    def with_x(self, x: Float[Tensor, "B T E"]) -> Tokens:
+        return replace(self, x=x)
+
+    @property
+    def valid(self) -> Bool[Tensor, "B T"]:
+        return self.segment >= 0
+
+    @property
+    def num_samples(self) -> int:
+        return self.x.shape[0] if self.layout is None else self.layout.num_samples
+
+    def sample(self) -> Int[Tensor, "B T"]:
+        """The sample of each token; PADDING for padding."""
+        if self.layout is None:
+            rows = torch.arange(self.x.shape[0], device=self.x.device)[:, None].expand_as(self.segment)
+            return torch.where(self.valid, rows, PADDING)
+        out = torch.full(self.segment.shape, PADDING, dtype=torch.long)
+        out[0, : self.layout.total] = torch.from_numpy(self.layout.sample_of_token)
+        return out.to(self.x.device, non_blocking=True)
+
+
+def segments(layout: Layout, width: int, device: torch.device) -> Int[Tensor, "1 T"]:
+    """The `segment` field of a packed row of `width` tokens."""
+    out = np.full(width, PADDING, dtype=np.int64)
+    out[: layout.total] = np.repeat(np.arange(len(layout.lengths)), layout.lengths)
+    return torch.from_numpy(out)[None].to(device, non_blocking=True)
+
+
+def _spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Concatenate arange(start, start + length) for every pair."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
+
+
+def merge(
+    streams: Sequence[Tokens], order: Sequence[int] | None = None, sequential: bool = False, multiple: int = 1
+) -> Tokens:
+    """Join token sequences by sample: what each sample has in the streams becomes one segment, in the streams' order.
+
+    Packed rows are sorted by sample length (or by `order`, a permutation of samples), so that equal lengths adjoin.
+    Samples without any token get no segment. `sequential` renumbers time so that each stream starts after the one
+    before it, as a causal sequence needs; a picture takes one tick. `multiple` rounds the packed width up, so that
+    compiled code sees few shapes.
+
+    Raises:
+        ValueError: streams of both kinds, packed and padded, or of different batches.
+    """
+    packed = [t for t in streams if t.layout is not None]
+    if packed and len(packed) != len(streams):
+        raise ValueError(f"{len(packed)} of {len(streams)} streams are packed: pack all of them or none")
+    if len({t.num_samples for t in streams}) != 1:
+        raise ValueError(f"streams of {[t.num_samples for t in streams]} samples: all must come from one batch")
+    position = _running_time(streams) if sequential else [t.position for t in streams]
+    if not packed:
+        return Tokens(
+            x=torch.cat([t.x for t in streams], 1),
+            modality=torch.cat([t.modality for t in streams], 1),
+            position=torch.cat(position, 1),
+            segment=torch.cat([t.segment for t in streams], 1),
+        )
+    index, layout = _merge_plan([t.layout for t in packed if t.layout], [t.x.shape[1] for t in packed], order)
+    width = -(-layout.total // multiple) * multiple
+    device = streams[0].x.device
+    gather = torch.zeros(width, dtype=torch.long)
+    gather[: layout.total] = torch.from_numpy(index)
+    gather = gather.to(device, non_blocking=True)
+    return Tokens(
+        x=torch.cat([t.x[0] for t in streams]).index_select(0, gather)[None],
+        modality=torch.cat([t.modality[0] for t in streams]).index_select(0, gather)[None],
+        position=torch.cat([p[0] for p in position]).index_select(0, gather)[None],
+        segment=segments(layout, width, device),
+        layout=layout,
+    )
+
+
+def _merge_plan(
+    layouts: Sequence[Layout], widths: Sequence[int], order: Sequence[int] | None
+) -> tuple[np.ndarray, Layout]:
+    """Which token of the concatenated streams goes where, and the layout that comes of it."""
+    num_samples = layouts[0].num_samples
+    base = np.concatenate([[0], np.cumsum(widths)[:-1]])
+    sample = np.concatenate([np.asarray(a.samples, dtype=np.int64) for a in layouts])
+    length = np.concatenate([np.asarray(a.lengths, dtype=np.int64) for a in layouts])
+    start = np.concatenate([a.offsets[:-1] + b for a, b in zip(layouts, base, strict=True)])
+    total = np.bincount(sample, weights=length, minlength=num_samples).astype(np.int64)
+    ranked = np.argsort(total, kind="stable") if order is None else np.asarray(order, dtype=np.int64)
+    rank = np.empty(num_samples, dtype=np.int64)
+    rank[ranked] = np.arange(num_samples)
+    by = np.argsort(rank[sample], kind="stable")  # stable keeps the order of streams, then of items
+    kept = ranked[total[ranked] > 0]
+    layout = Layout(tuple(kept.tolist()), tuple(total[kept].tolist()), num_samples)
+    return _spans(start[by], length[by]), layout
+
+
+def _running_time(streams: Sequence[Tokens]) -> list[Int[Tensor, "B T 3"]]:
+    """Positions whose time starts, in each stream, after the last of the streams before it, sample by sample."""
+    samples = streams[0].num_samples
+    offset = torch.zeros(samples, dtype=torch.long, device=streams[0].x.device)
+    out = []
+    for t in streams:
+        sample, valid = t.sample(), t.valid
+        where = sample.clamp(min=0)
+        time = t.position[..., 0] + offset[where]
+        out.append(torch.cat([time[..., None], t.position[..., 1:]], -1))
+        last = torch.where(valid, time + 1, 0).flatten()
+        offset = offset.scatter_reduce(0, where.flatten(), last, "amax")
+    return out
+
+
+def to_padded(tokens: Tokens) -> Tokens:
+    """One row a sample, as wide as the longest; a sample with several segments gets them one after another."""
+    if tokens.layout is None:
+        return tokens
+    layout, device = tokens.layout, tokens.x.device
+    length = np.bincount(layout.samples, weights=layout.lengths, minlength=layout.num_samples).astype(np.int64)
+    width = int(length.max(initial=1))
+    by = np.argsort(layout.samples, kind="stable")
+    source = _spans(layout.offsets[:-1][by], np.asarray(layout.lengths, dtype=np.int64)[by])
+    target = _spans(np.arange(layout.num_samples) * width, length)
+    shape = (layout.num_samples, width)
+    gather = torch.zeros(shape[0] * width, dtype=torch.long)
+    gather[torch.from_numpy(target)] = torch.from_numpy(source)
+    valid = torch.zeros(shape[0] * width, dtype=torch.bool)
+    valid[torch.from_numpy(target)] = True
+    gather, valid = gather.to(device), valid.to(device).view(shape)
+
+    def spread(values: Tensor, fill: int) -> Tensor:
+        rows = values[0].index_select(0, gather).view(*shape, *values.shape[2:])
+        return torch.where(valid.view(*shape, *[1] * (rows.ndim - 2)), rows, fill)
+
+    return Tokens(
+        x=spread(tokens.x, 0),
+        modality=spread(tokens.modality, 0),
+        position=spread(tokens.position, 0),
+        segment=torch.where(valid, 0, PADDING),
+    )
+
+
+def to_packed(tokens: Tokens, lengths: Sequence[int]) -> Tokens:
+    """One row of all samples; `lengths[b]` is the number of tokens of row b, which must come before its padding."""
+    if tokens.layout is not None:
+        return tokens
+    kept = [b for b in sorted(range(len(lengths)), key=lambda b: lengths[b]) if lengths[b]]
+    layout = Layout(tuple(kept), tuple(lengths[b] for b in kept), len(lengths))
+    starts = np.asarray(kept, dtype=np.int64) * tokens.x.shape[1]
+    gather = torch.from_numpy(_spans(starts, np.asarray(layout.lengths, dtype=np.int64))).to(tokens.x.device)
+    return Tokens(
+        x=tokens.x.flatten(0, 1).index_select(0, gather)[None],
+        modality=tokens.modality.flatten().index_select(0, gather)[None],
+        position=tokens.position.flatten(0, 1).index_select(0, gather)[None],
+        segment=segments(layout, layout.total, tokens.x.device),
+        layout=layout,
+    )
+
+
+torch.export.register_dataclass(Tokens, serialized_type_name="mmformer.Tokens")

@@ -1,0 +1,288 @@
+"""Who sees whom: one rule on what tokens are, applied to one pair of token sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from mmformer.tokens import Layout, Tokens, modality_id
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """A rule that says which keys a query sees, beyond "those of its own segment".
+
+    `causal`: no key of a later time. All tokens of a picture share one time, so a picture in front of a text is seen
+    whole and sees itself whole (prefix attention needs no further rule).
+    `window`: a key of the same modality is seen when no coordinate (time, row, column) differs by more than this.
+    `sees`: for each modality named, the modalities that its tokens see; others see everything.
+    """
+
+    causal: bool = False
+    window: int | None = None
+    sees: Mapping[str, Iterable[str]] | tuple[tuple[str, tuple[str, ...]], ...] | None = None
+    _numbers: tuple[tuple[int, tuple[int, ...]], ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 0:
+            raise ValueError(f"window is {self.window}: give a distance of at least 0, or null for no window")
+        pairs = self.sees.items() if isinstance(self.sees, Mapping) else self.sees or ()
+        object.__setattr__(self, "sees", tuple(sorted((name, tuple(sorted(seen))) for name, seen in pairs)))
+        numbers = tuple((modality_id(name), tuple(map(modality_id, seen))) for name, seen in self.sees or ())
+        object.__setattr__(self, "_numbers", numbers)  # compiled code cannot hash names
+
+    @property
+    def full(self) -> bool:
+        """Whether the rule leaves every key of the segment visible."""
+        return not self.causal and self.window is None and not self.sees
+
+    def __and__(self, other: Visibility) -> Visibility:
+        """The rule that allows what both allow."""
+        windows = [w for w in (self.window, other.window) if w is not None]
+        mine, theirs = dict(self.sees or ()), dict(other.sees or ())
+        sees = {name: set(mine.get(name, theirs.get(name, ()))) for name in {*mine, *theirs}}
+        for name in {*mine} & {*theirs}:
+            sees[name] = set(mine[name]) & set(theirs[name])
+        return Visibility(self.causal or other.causal, min(windows, default=None), sees)
+
+    def allows(
+        self,
+        query_modality: Int[Tensor, "*q"],
+        query_position: Int[Tensor, "*q 3"],
+        key_modality: Int[Tensor, "*k"],
+        key_position: Int[Tensor, "*k 3"],
+    ) -> Bool[Tensor, "*qk"]:
+        """Whether each query sees each key, for shapes that broadcast; segments are not looked at."""
+        seen = torch.ones_like(query_modality == key_modality)
+        if self.causal:
+            seen = seen & (key_position[..., 0] <= query_position[..., 0])
+        if self.window is not None:
+            near = ((query_position - key_position).abs() <= self.window).all(-1)
+            seen = seen & (near | (query_modality != key_modality))
+        for number, others in self._numbers:
+            known = torch.zeros_like(seen)
+            for other in others:
+                known = known | (key_modality == other)
+            seen = seen & (known | (query_modality != number))
+        return seen
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Neighbouring segments that one dense attention call serves: `count` of up to `queries` x `keys` tokens.
+
+    `query` and `key` are slices where all segments are equally long and adjoin, else indices that repeat a token
+    where a segment is short. `out` picks the real queries. `mask` hides what is not to be seen.
+    """
+
+    count: int
+    queries: int
+    keys: int
+    query: slice | Int[Tensor, ...]
+    key: slice | Int[Tensor, ...]
+    out: Int[Tensor, ...] | None
+    mask: Bool[Tensor, "n 1 Lq Lk"] | None
+    query_tokens: int
+
+
+# Query-key pairs whose arithmetic costs about as much as one more attention call (benchmarks/grouping.py).
+CALL_COST = 2048
+
+
+def plan_groups(queries: np.ndarray, keys: np.ndarray) -> list[tuple[int, int]]:
+    """Split neighbouring segments into runs (start, stop), so that padding and calls together cost least (greedy)."""
+    runs, start = [], 0
+    while start < len(queries):
+        stop, wide, deep = start + 1, queries[start], keys[start]
+        while stop < len(queries):
+            if (keys[stop] == 0) != (deep == 0):
+                break
+            wider, deeper = max(wide, queries[stop]), max(deep, keys[stop])
+            count = stop - start
+            waste = count * (wider * deeper - wide * deep) + wider * deeper - queries[stop] * keys[stop]
+            if waste > CALL_COST:
+                break
+            stop, wide, deep = stop + 1, wider, deeper
+        runs.append((start, stop))
+        start = stop
+    return runs
+
+
+class Sight:
+    """A rule applied to queries and keys: the same visibility as a dense mask, as groups, or as a block mask.
+
+    Each form is made when a kernel first asks for it and kept, so that the layers of a Transformer share it.
+    """
+
+    def __init__(self, visibility: Visibility, query: Tokens, key: Tokens):
+        if (query.layout is None) != (key.layout is None):
+            raise ValueError("queries and keys must both be packed or both be padded")
+        self.visibility = visibility
+        self.query, self.key = query, key
+
+    @property
+    def packed(self) -> bool:
+        return self.query.layout is not None
+
+    @cached_property
+    def owners(self) -> tuple[Int[Tensor, "B Tq"], Int[Tensor, "B Tk"]]:
+        """What must be equal for a query to see a key: the segment, or the sample where the segments differ."""
+        if self.query.layout is self.key.layout:
+            return self.query.segment, self.key.segment
+        return self.query.sample(), self.key.sample()
+
+    @cached_property
+    def dense(self) -> Bool[Tensor, "B 1 Tq Tk"]:
+        """The whole mask; quadratic in memory."""
+        mine, theirs = self.owners
+        same = (mine[:, :, None] == theirs[:, None, :]) & (mine >= 0)[:, :, None]
+        if not self.visibility.full:
+            same = same & self.visibility.allows(
+                self.query.modality[:, :, None],
+                self.query.position[:, :, None],
+                self.key.modality[:, None],
+                self.key.position[:, None],
+            )
+        return same[:, None]
+
+    def mask_mod(self) -> MaskMod:
+        """The rule as a closure for FlexAttention."""
+        mine, theirs = self.owners
+        rule, query, key = self.visibility, self.query, self.key
+
+        def seen(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            same = (mine[b, q] == theirs[b, k]) & (mine[b, q] >= 0)
+            if rule.full:
+                return same
+            return same & rule.allows(
+                query.modality[b, q], query.position[b, q], key.modality[b, k], key.position[b, k]
+            )
+
+        return lambda b, h, q, k: seen(b, q, k)  # FlexAttention counts the parameters, so no wrapper may hide them
+
+    @cached_property
+    def block_mask(self):
+        """The rule as a FlexAttention block mask."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        rows, width = self.query.segment.shape
+        device = str(self.query.x.device)
+        return create_block_mask(self.mask_mod(), rows, None, width, self.key.segment.shape[1], device=device)
+
+    @cached_property
+    def _extents(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Start and length of each query segment, and of the keys that belong to it."""
+        query, key = self.query.layout, self.key.layout
+        if query is None or key is None:
+            raise ValueError("only packed tokens have segments of known extent; use Sight.dense for padded ones")
+        length = np.asarray(query.lengths, dtype=np.int64)
+        if query is key:
+            return query.offsets[:-1], length, query.offsets[:-1], length
+        start, size = _extent_of_samples(key)
+        samples = np.asarray(query.samples, dtype=np.int64)
+        return query.offsets[:-1], length, start[samples], size[samples]
+
+    @cached_property
+    def cumulative(self) -> tuple[Int[Tensor, " S"], Int[Tensor, " S"], int, int]:
+        """Cumulative lengths of queries and keys and the longest of each, for variable-length flash attention.
+
+        Raises:
+            ValueError: the keys do not lie in the order of the queries.
+        """
+        _, queries, start, keys = self._extents
+        ends = np.cumsum(keys)
+        if not np.array_equal((start + keys)[keys > 0], ends[keys > 0]):
+            raise ValueError("the keys' samples are in another order than the queries': merge them with order=")
+        device = self.query.x.device
+        bounds = [torch.from_numpy(np.concatenate([[0], np.cumsum(n)])).int().to(device) for n in (queries, keys)]
+        return bounds[0], bounds[1], int(queries.max(initial=0)), int(keys.max(initial=0))
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """The packed row cut into dense attention calls, in row order and without a gap."""
+        query_start, queries, key_start, keys = self._extents
+        runs = plan_groups(queries, keys)
+        return [self._group(*(a[i:j] for a in (query_start, queries, key_start, keys))) for i, j in runs]
+
+    def _group(self, query_start: np.ndarray, queries: np.ndarray, key_start: np.ndarray, keys: np.ndarray) -> Group:
+        device = self.query.x.device
+        wide, deep, count = int(queries.max()), int(keys.max()), len(queries)
+        query, even_queries = _index(query_start, queries, wide)
+        key, even_keys = _index(key_start, keys, deep)
+        mask = None
+        if deep and not (self.visibility.full and even_keys):
+            real = torch.from_numpy(np.arange(deep) < keys[:, None]).to(device)
+            mask = real[:, None, None, :]
+            if not self.visibility.full:
+                q = _on(query, device).view(count, wide, 1)
+                k = _on(key, device).view(count, 1, deep)
+                mask = mask & self.visibility.allows(
+                    self.query.modality[0][q], self.query.position[0][q],
+                    self.key.modality[0][k], self.key.position[0][k])[:, None]  # fmt: skip
+        out = None
+        if not even_queries:
+            out = torch.from_numpy(np.flatnonzero(np.arange(wide) < queries[:, None])).to(device)
+        return Group(
+            count, wide, deep,
+            _slice(query_start, query) if even_queries else _on(query, device),
+            _slice(key_start, key) if even_keys and deep and _adjoin(key_start, keys) else _on(key, device),
+            out, mask, int(queries.sum()),
+        )  # fmt: skip
+
+
+def _extent_of_samples(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """Start and length of each sample's tokens; length 0 where it has none.
+
+    Raises:
+        ValueError: a sample's segments do not adjoin.
+    """
+    start = np.zeros(layout.num_samples, dtype=np.int64)
+    size = np.zeros(layout.num_samples, dtype=np.int64)
+    for sample, at, length in zip(layout.samples, layout.offsets[:-1].tolist(), layout.lengths, strict=True):
+        if size[sample] and start[sample] + size[sample] != at:
+            raise ValueError(f"sample {sample} lies in parts: merge the context by sample first")
+        start[sample] = start[sample] if size[sample] else at
+        size[sample] += length
+    return start, size
+
+
+def _index(start: np.ndarray, lengths: np.ndarray, width: int) -> tuple[np.ndarray, bool]:
+    """Token index of each cell of a (segments, width) block, short segments repeating their last token."""
+    step = np.minimum(np.arange(width), np.maximum(lengths[:, None] - 1, 0))
+    return (start[:, None] + step).reshape(-1), bool((lengths == width).all())
+
+
+def _adjoin(start: np.ndarray, lengths: np.ndarray) -> bool:
+    return bool((start[1:] == (start + lengths)[:-1]).all())
+
+
+def _slice(start: np.ndarray, index: np.ndarray) -> slice:
+    return slice(int(start[0]), int(start[0]) + len(index))
+
+
+def _on(index: np.ndarray, device: torch.device) -> Int[Tensor, " n"]:
+    return torch.from_numpy(np.ascontiguousarray(index)).to(device, non_blocking=True)
+
+
+class Sights:
+    """The sights of one pair of token sequences, each made once however many layers ask for it."""
+
+    def __init__(self, query: Tokens, key: Tokens, visibility: Visibility | None = None):
+        self.query, self.key = query, key
+        self.visibility = visibility or Visibility()
+        self._made: dict[Visibility, Sight] = {}
+
+    def under(self, visibility: Visibility | None) -> Sight:
+        """The sight under the common rule and a layer's own."""
+        rule = self.visibility if visibility is None else self.visibility & visibility
+        if rule not in self._made:
+            self._made[rule] = Sight(rule, self.query, self.key)
+        return self._made[rule]
