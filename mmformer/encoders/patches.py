@@ -1,0 +1,157 @@
+"""Pictures and spectrograms to tokens: patches, or a stack of convolutions, on items of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mmformer.batch import Ragged
+from mmformer.encoders.encoder import packed
+from mmformer.nn.position import AXES
+from mmformer.tokens import Layout, Tokens
+
+Grid = tuple[int, int]
+
+
+class Normalize(nn.Module):
+    """Subtract a mean and divide by a standard deviation, per channel; values in the units of the raw items."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> Float[Tensor, ...]:
+        return (x - self.mean) / self.std
+
+
+class LinearPatches(nn.Module):
+    """Cut a plane into patches of `size` and map each linearly (ViT, arXiv 2010.11929)."""
+
+    def __init__(self, dim: int, channels: int, size: Grid):
+        super().__init__()
+        self.size = tuple(size)
+        self.linear = nn.Linear(size[0] * size[1] * channels, dim)
+
+    def grid(self, height: int, width: int) -> Grid:
+        """Patches down and across a plane.
+
+        Raises:
+            ValueError: a plane that does not divide into patches.
+        """
+        if height % self.size[0] or width % self.size[1]:
+            raise ValueError(
+                f"an item of {height} x {width} does not divide into patches of {self.size[0]} x {self.size[1]}: "
+                "set the feature's multiple to the patch size"
+            )
+        return height // self.size[0], width // self.size[1]
+
+    def forward(self, planes: list[Float[Tensor, "_ _ _ C"]]) -> Float[Tensor, "T D"]:
+        return self.linear(torch.cat([self._cut(plane) for plane in planes]))
+
+    def _cut(self, plane: Float[Tensor, "n h w C"]) -> Float[Tensor, "t p"]:
+        n, height, width, channels = plane.shape
+        (p, q), (rows, columns) = self.size, self.grid(height, width)
+        cells = plane.view(n, rows, p, columns, q, channels).permute(0, 1, 3, 2, 4, 5)
+        return cells.reshape(n * rows * columns, p * q * channels)
+
+
+class ConvolutionStem(nn.Module):
+    """A stack of 3 x 3 convolutions with stride 2, each followed by a norm and GELU, then a linear map to `dim`.
+
+    One number in `widths` for each halving. With `num_columns`, that many columns (mel bins after the halvings) are
+    joined into one token. Transformers behind such a stem train more easily than behind patches (arXiv 2106.14881).
+    """
+
+    def __init__(self, dim: int, channels: int, widths: Sequence[int], num_columns: int | None = None):
+        super().__init__()
+        self.num_columns = num_columns
+        self.factor = 2 ** len(widths)
+        self.layers = nn.Sequential()
+        for inside, outside in zip([channels, *widths], widths, strict=False):
+            self.layers.append(nn.Conv2d(inside, outside, 3, stride=2, padding=1))
+            self.layers.append(nn.GroupNorm(1, outside))
+            self.layers.append(nn.GELU())
+        self.linear = nn.Linear(widths[-1] * (num_columns or 1), dim)
+
+    def grid(self, height: int, width: int) -> Grid:
+        """Tokens down and across a plane; an odd size rounds up at each halving."""
+        rows, columns = -(-height // self.factor), -(-width // self.factor)
+        return rows, columns if self.num_columns is None else 1
+
+    def forward(self, planes: list[Float[Tensor, "_ _ _ C"]]) -> Float[Tensor, "T D"]:
+        return self.linear(torch.cat([self._convolve(plane) for plane in planes]))
+
+    def _convolve(self, plane: Float[Tensor, "n h w C"]) -> Float[Tensor, "t c"]:
+        out = self.layers(plane.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # n, rows, columns, channels
+        return out.flatten(0, 2) if self.num_columns is None else out.flatten(2).flatten(0, 1)
+
+
+class PlaneEmbedder(nn.Module):
+    """Items with two axes, a picture (height, width, C) or a spectrogram (frames, mels), to tokens.
+
+    `stem` turns planes into vectors; `axes` names the two axes of a position that the grid's rows and columns fill.
+    `num_class_tokens` learned vectors go in front of every item.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        stem: LinearPatches | ConvolutionStem,
+        normalize: nn.Module,
+        *,
+        modality: str,
+        axes: tuple[str, str],
+        position: Callable[[int], nn.Module] | None = None,
+        num_class_tokens: int = 0,
+    ):
+        super().__init__()
+        self.modality, self.axes = modality, [AXES[axis] for axis in axes]
+        self.stem, self.normalize = stem, normalize
+        self.position = position(dim) if position else None
+        self.class_tokens = nn.Parameter(torch.randn(num_class_tokens, dim) * 0.02) if num_class_tokens else None
+
+    def forward(self, items: Ragged, num_samples: int) -> Tokens:
+        planes = [self.normalize(_as_planes(group)) for group in items.groups()]
+        grids = [self.stem.grid(plane.shape[1], plane.shape[2]) for plane in planes]
+        x = self.stem(planes)
+        position = self._positions([(grid, plane.shape[0]) for grid, plane in zip(grids, planes, strict=True)])
+        position = position.to(x.device, non_blocking=True)
+        if self.position is not None:
+            x = x + self.position(position)
+        lengths = [
+            rows * columns for (rows, columns), plane in zip(grids, planes, strict=True) for _ in range(plane.shape[0])
+        ]
+        if self.class_tokens is not None:
+            x, position, lengths = self._with_class_tokens(x, position, lengths)
+        return packed(x, position, self.modality, Layout(items.rows, tuple(lengths), num_samples))
+
+    def _positions(self, grids: list[tuple[Grid, int]]) -> Int[Tensor, "T 3"]:
+        out = []
+        for (rows, columns), count in grids:
+            place = np.zeros((rows, columns, 3), dtype=np.int64)
+            place[..., self.axes[0]] = np.arange(rows)[:, None]
+            place[..., self.axes[1]] += np.arange(columns)
+            out.append(np.tile(place.reshape(-1, 3), (count, 1)))
+        return torch.from_numpy(np.concatenate(out))
+
+    def _with_class_tokens(
+        self, x: Float[Tensor, "T D"], position: Int[Tensor, "T 3"], lengths: list[int]
+    ) -> tuple[Float[Tensor, "U D"], Int[Tensor, "U 3"], list[int]]:
+        assert self.class_tokens is not None
+        extra, place = self.class_tokens.to(x.dtype), position.new_zeros(self.class_tokens.shape[0], 3)
+        parts = [part for item in x.split(lengths) for part in (extra, item)]
+        places = [part for item in position.split(lengths) for part in (place, item)]
+        return torch.cat(parts), torch.cat(places), [length + len(extra) for length in lengths]
+
+
+def _as_planes(group: Tensor) -> Float[Tensor, "n h w C"]:
+    plane = group if group.ndim == 4 else group[..., None]
+    return plane if plane.is_floating_point() else plane.float()

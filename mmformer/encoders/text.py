@@ -1,0 +1,41 @@
+"""Token ids to tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+
+from mmformer.batch import Ragged
+from mmformer.encoders.encoder import packed
+from mmformer.tokens import Layout, Tokens
+
+
+class TextEmbedder(nn.Module):
+    """Look up a vector for each id; `position` adds where it stands (leave it out for rotary attention).
+
+    Raises:
+        IndexError: an id outside the vocabulary.
+    """
+
+    def __init__(
+        self, dim: int, vocab_size: int, position: Callable[[int], nn.Module] | None = None, modality: str = "text"
+    ):
+        super().__init__()
+        self.modality = modality
+        self.table = nn.Embedding(vocab_size, dim)
+        nn.init.normal_(self.table.weight, std=0.02)
+        self.position = position(dim) if position else None
+
+    def forward(self, items: Ragged, num_samples: int) -> Tokens:
+        lengths = tuple(shape[0] for shape in items.shapes)
+        layout = Layout(items.rows, lengths, num_samples)
+        place = np.zeros((layout.total, 3), dtype=np.int64)
+        place[:, 0] = np.arange(layout.total) - np.repeat(layout.offsets[:-1], lengths)
+        position = torch.from_numpy(place).to(items.values.device, non_blocking=True)
+        x = self.table(items.values)
+        if self.position is not None:
+            x = x + self.position(position)
+        return packed(x, position, self.modality, layout)

@@ -1,0 +1,118 @@
+"""Encoders, a fusion and heads: the one model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn, zeros
+
+from mmformer.batch import Batch
+from mmformer.fusion import Fusion
+from mmformer.pooling import mean_by_sample
+from mmformer.tokens import Tokens
+
+
+class Encoded(dict[str, Tokens]):
+    """Tokens by modality, of a batch of `num_samples`; keeps what was fused of it, for objectives that share it."""
+
+    def __init__(self, tokens: Mapping[str, Tokens], num_samples: int):
+        super().__init__(tokens)
+        self.num_samples = num_samples
+        self.fused: Tokens | None = None
+
+    def only(self, modalities: Iterable[str]) -> Encoded:
+        """The same samples without the other modalities."""
+        return Encoded({name: self[name] for name in modalities if name in self}, self.num_samples)
+
+
+class Model(nn.Module):
+    """One encoder for each modality, a fusion that joins them, and named heads that read one vector a sample.
+
+    Raises:
+        ValueError: the fusion names a modality that has no encoder.
+    """
+
+    def __init__(
+        self,
+        encoders: Mapping[str, nn.Module],
+        fusion: Fusion | None = None,
+        heads: Mapping[str, nn.Module] | None = None,
+    ):
+        super().__init__()
+        self.encoders = nn.ModuleDict(encoders)
+        self.fusion = fusion
+        self.heads = nn.ModuleDict(heads or {})
+        if fusion is not None and not set(fusion.kinds) <= set(encoders):
+            missing = sorted(set(fusion.kinds) - set(encoders))
+            raise ValueError(f"the fusion reads {missing} but the encoders are {sorted(encoders)}: add or drop them")
+
+    def encode(self, batch: Batch) -> Encoded:
+        """Tokens of each modality that the batch and the model have."""
+        found = {
+            name: encoder(batch.inputs[name], len(batch))
+            for name, encoder in self.encoders.items()
+            if name in batch.inputs
+        }
+        return Encoded(found, len(batch))
+
+    def fuse(self, encoded: Encoded) -> Tokens:
+        """The fused sequence, made once for one `Encoded`.
+
+        Raises:
+            ValueError: a model without a fusion.
+        """
+        if self.fusion is None:
+            raise ValueError("this model has no fusion: choose one, or let the objective read single modalities")
+        fused = encoded.fused
+        if fused is None:
+            fused = encoded.fused = self.fusion(encoded, encoded.num_samples)
+        return fused
+
+    def summary(self, encoded: Encoded, source: str | None = None) -> tuple[Float[Tensor, "N D"], Bool[Tensor, " N"]]:
+        """One vector a sample, of the fused sequence or of one modality, and which samples have it."""
+        if source is None:
+            tokens = self.fuse(encoded)
+            assert self.fusion is not None
+            pooled = self.fusion.summary(tokens)
+            return pooled, pooled.new_ones(len(pooled)).bool()
+        if source in encoded:
+            return mean_by_sample(encoded[source])
+        parameter = next(self.parameters())
+        dim = next(iter(encoded.values())).x.shape[-1] if encoded else parameter.shape[-1]
+        return parameter.new_zeros(encoded.num_samples, dim), zeros(
+            encoded.num_samples, dtype=parameter.dtype, device=parameter.device
+        ).bool()
+
+    def output(
+        self, encoded: Encoded, head: str, source: str | None = None
+    ) -> tuple[Float[Tensor, "N O"], Bool[Tensor, " N"]]:
+        """What a head says of each sample, and for which samples it had something to read.
+
+        Raises:
+            KeyError: no head of that name.
+        """
+        if head not in self.heads:
+            raise KeyError(f"no head {head!r}: this model has {sorted(self.heads)}")
+        vector, present = self.summary(encoded, source)
+        return self.heads[head](vector), present
+
+    def freeze(self, patterns: Iterable[str]) -> list[str]:
+        """Stop training the parameters whose names match a pattern ("encoders.image.*"); gives back their names.
+
+        Raises:
+            ValueError: a pattern that matches nothing.
+        """
+        frozen = []
+        for pattern in patterns:
+            hits = [name for name, _ in self.named_parameters() if fnmatchcase(name, pattern)]
+            if not hits:
+                raise ValueError(f"freeze pattern {pattern!r} matches no parameter; one of them is called "
+                                 f"{next(iter(self.state_dict()))!r}")  # fmt: skip
+            frozen += hits
+        chosen = set(frozen)
+        for name, parameter in self.named_parameters():
+            if name in chosen:
+                parameter.requires_grad_(False)
+        return sorted(chosen)
