@@ -1,0 +1,173 @@
+"""Predict a target of each sample: one class, several classes, or a number."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mmformer.batch import Batch
+from mmformer.model import Encoded, Model
+from mmformer.objectives.objective import Objective
+
+
+class Classes(Objective):
+    """One of several classes, by cross-entropy.
+
+    `head` of the model reads the fused vector, or the mean of one modality where `source` names it. Samples without
+    the target or without the source count for nothing.
+    """
+
+    def __init__(self, head: str, target: str, source: str | None = None, smoothing: float = 0.0):
+        super().__init__()
+        self.head, self.target, self.source, self.smoothing = head, target, source, smoothing
+
+    def forward(self, model: Model, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
+        logits, present = model.output(encoded, self.head, self.source)
+        target = torch.where(present, batch.targets[self.target], -100)
+        total = F.cross_entropy(
+            logits.float(), target, ignore_index=-100, label_smoothing=self.smoothing, reduction="sum"
+        )
+        return {"loss": total / (target != -100).sum().clamp(min=1)}
+
+    def predict(self, model: Model, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
+        logits, present = model.output(encoded, self.head, self.source)
+        return {"logits": logits.float(), "present": present}
+
+    def meter(self) -> ClassMeter:
+        return ClassMeter(self.target)
+
+
+class ClassMeter:
+    """Accuracy (`acc`) and the mean F1 score over the classes that occur (`f1`)."""
+
+    def __init__(self, target: str):
+        self.target = target
+        self.predicted: list[Int[Tensor, " n"]] = []
+        self.wanted: list[Int[Tensor, " n"]] = []
+
+    def update(self, prediction: dict[str, Tensor], batch: Batch) -> None:
+        wanted = batch.targets[self.target]
+        kept = (wanted != -100) & prediction["present"]
+        self.predicted.append(prediction["logits"].argmax(-1)[kept].cpu())
+        self.wanted.append(wanted[kept].cpu())
+
+    def compute(self) -> dict[str, float]:
+        predicted, wanted = torch.cat(self.predicted or [torch.empty(0)]), torch.cat(self.wanted or [torch.empty(0)])
+        if not len(wanted):
+            return {}
+        scores = []
+        for label in torch.cat([predicted, wanted]).unique():
+            hits = int(((predicted == label) & (wanted == label)).sum())
+            scores.append(2 * hits / int((predicted == label).sum() + (wanted == label).sum()))
+        return {"acc": float((predicted == wanted).double().mean()), "f1": sum(scores) / len(scores)}
+
+
+class Labels(Objective):
+    """Any number of classes at once, by binary cross-entropy; NaN in the target leaves that class out of the loss."""
+
+    def __init__(self, head: str, target: str, source: str | None = None):
+        super().__init__()
+        self.head, self.target, self.source = head, target, source
+
+    def forward(self, model: Model, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
+        logits, present = model.output(encoded, self.head, self.source)
+        target = batch.targets[self.target]
+        known = ~target.isnan() & present[:, None]
+        losses = F.binary_cross_entropy_with_logits(logits.float(), target.nan_to_num(), reduction="none")
+        return {"loss": (losses * known).sum() / known.sum().clamp(min=1)}
+
+    def predict(self, model: Model, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
+        logits, present = model.output(encoded, self.head, self.source)
+        return {"logits": logits.float(), "present": present}
+
+    def meter(self) -> LabelMeter:
+        return LabelMeter(self.target)
+
+
+class LabelMeter:
+    """Mean average precision over the classes (`map`) and F1 over all decisions at one half (`f1`)."""
+
+    def __init__(self, target: str):
+        self.target = target
+        self.scores: list[Float[Tensor, "n C"]] = []
+        self.wanted: list[Float[Tensor, "n C"]] = []
+
+    def update(self, prediction: dict[str, Tensor], batch: Batch) -> None:
+        present = prediction["present"]
+        self.scores.append(prediction["logits"][present].cpu())
+        self.wanted.append(batch.targets[self.target][present].cpu())
+
+    def compute(self) -> dict[str, float]:
+        scores, wanted = torch.cat(self.scores or [torch.empty(0, 0)]), torch.cat(self.wanted or [torch.empty(0, 0)])
+        if not wanted.numel():
+            return {}
+        precisions = [
+            average_precision(scores[known, c], wanted[known, c])
+            for c in range(wanted.shape[1])
+            if (known := ~wanted[:, c].isnan()).any() and (wanted[known, c] > 0).any()
+        ]
+        known = ~wanted.isnan()
+        said, true = (scores > 0)[known], (wanted > 0.5)[known]
+        f1 = 2 * int((said & true).sum()) / max(1, int(said.sum() + true.sum()))
+        return {"map": sum(precisions) / max(1, len(precisions)), "f1": f1}
+
+
+def average_precision(scores: Float[Tensor, " n"], wanted: Float[Tensor, " n"]) -> float:
+    """The mean, over the true items, of the share of true items among those scored at least as high."""
+    order = scores.argsort(descending=True, stable=True)
+    scores, true = scores[order], wanted[order] > 0
+    last = torch.searchsorted(-scores, -scores, right=True)  # equal scores share one rank, the last of them
+    hits = true.cumsum(0)[last - 1]
+    return float((hits / last)[true].double().mean())
+
+
+class Number(Objective):
+    """A number, by mean squared error on the scale of `mean` and `std` (of the training targets)."""
+
+    def __init__(self, head: str, target: str, source: str | None = None, mean: float = 0.0, std: float = 1.0):
+        super().__init__()
+        self.head, self.target, self.source, self.mean, self.std = head, target, source, mean, std
+
+    def forward(self, model: Model, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
+        value, present = model.output(encoded, self.head, self.source)
+        target = (batch.targets[self.target] - self.mean) / self.std
+        known = ~target.isnan() & present
+        error = (value[:, 0].float() - target.nan_to_num()) ** 2
+        return {"loss": (error * known).sum() / known.sum().clamp(min=1)}
+
+    def predict(self, model: Model, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
+        value, present = model.output(encoded, self.head, self.source)
+        return {"value": value[:, 0].float() * self.std + self.mean, "present": present}
+
+    def meter(self) -> NumberMeter:
+        return NumberMeter(self.target)
+
+
+class NumberMeter:
+    """Mean absolute error (`mae`), root mean squared error (`rmse`) and explained variance (`r2`)."""
+
+    def __init__(self, target: str):
+        self.target = target
+        self.predicted: list[Float[Tensor, " n"]] = []
+        self.wanted: list[Float[Tensor, " n"]] = []
+
+    def update(self, prediction: dict[str, Tensor], batch: Batch) -> None:
+        wanted = batch.targets[self.target]
+        kept = ~wanted.isnan() & prediction["present"]
+        self.predicted.append(prediction["value"][kept].cpu())
+        self.wanted.append(wanted[kept].cpu())
+
+    def compute(self) -> dict[str, float]:
+        predicted = torch.cat(self.predicted or [torch.empty(0)]).double()
+        wanted = torch.cat(self.wanted or [torch.empty(0)]).double()
+        if not len(wanted):
+            return {}
+        squared = ((predicted - wanted) ** 2).mean()
+        spread = ((wanted - wanted.mean()) ** 2).mean().clamp(min=1e-12)
+        return {
+            "mae": float((predicted - wanted).abs().mean()),
+            "rmse": float(squared.sqrt()),
+            "r2": float(1 - squared / spread),
+        }

@@ -1,0 +1,81 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmformer.heads import UnitHead
+from mmformer.model import Model
+from mmformer.objectives import Contrastive, info_nce, sigmoid
+from mmformer.objectives.contrastive import RetrievalMeter
+from tests.helpers import random_batch, scramble, small_model
+
+
+def unit(rows, dim, seed):
+    return F.normalize(torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def test_info_nce_is_the_loop_of_the_paper():
+    a, b, scale = unit(5, 8, 0), unit(5, 8, 1), torch.tensor(7.0)
+    total = 0.0
+    for i in range(5):
+        scores = [math.exp(scale * float(a[i] @ b[j])) for j in range(5)]
+        back = [math.exp(scale * float(a[j] @ b[i])) for j in range(5)]
+        total -= math.log(scores[i] / sum(scores)) + math.log(back[i] / sum(back))
+    assert float(info_nce(a, b, scale, torch.tensor(0.0))) == pytest.approx(total / 10, rel=1e-5)
+
+
+def test_sigmoid_is_the_loop_of_the_paper():
+    a, b, scale, bias = unit(5, 8, 0), unit(5, 8, 1), torch.tensor(7.0), torch.tensor(-3.0)
+    total = 0.0
+    for i in range(5):
+        for j in range(5):
+            z = 1 if i == j else -1
+            total += math.log(1 + math.exp(-z * (float(scale) * float(a[i] @ b[j]) + float(bias))))
+    assert float(sigmoid(a, b, scale, bias)) == pytest.approx(total / 5, rel=1e-5)
+
+
+def tri_modal():
+    model = small_model()
+    heads = {name: UnitHead(24, 6) for name in ("text", "image", "audio")}
+    return scramble(Model(dict(model.encoders), None, heads))
+
+
+def test_every_pair_counts_over_the_samples_that_have_both():
+    model, batch = tri_modal(), random_batch(21)
+    objective = Contrastive(["text", "image", "audio"], info_nce, scale=10.0)
+    encoded = model.encode(batch)
+    losses = objective(model, encoded, batch)
+    assert set(losses) == {"text_image", "text_audio", "image_audio"}
+    both = sorted(set(batch.inputs["text"].rows) & set(batch.inputs["audio"].rows))
+    text, audio = (model.output(encoded, name, name)[0][both] for name in ("text", "audio"))
+    expected = info_nce(text, audio, objective.log_scale.exp(), objective.bias) / 3
+    torch.testing.assert_close(losses["text_audio"], expected)
+
+
+def test_a_batch_without_pairs_has_no_loss():
+    model, batch = tri_modal(), random_batch(6, subsets=[("text",), ("image",)])
+    assert Contrastive(["text", "image"], info_nce, 10.0)(model, model.encode(batch), batch) == {}
+
+
+def test_recall_is_counted_slowly_the_same_with_ties_as_halves():
+    meter = RetrievalMeter(["text", "image"], chunk=3)
+    batch = random_batch(8)
+    text, image = unit(8, 2, 0).round(decimals=1), unit(8, 2, 1).round(decimals=1)
+    image[5] = image[4]
+    text[7] = torch.nan
+    meter.update({"text": text, "image": image}, batch)
+    got = meter.compute()
+    ranks = []
+    for i in range(7):
+        own = float(text[i] @ image[i])
+        scores = [float(text[i] @ image[j]) for j in range(7)]
+        ranks.append(1 + sum(s > own + 1e-7 for s in scores) + (sum(abs(s - own) <= 1e-7 for s in scores) - 1) / 2)
+    assert got["t2i_mean_rank"] == pytest.approx(sum(ranks) / 7)
+    assert got["t2i_r@1"] == pytest.approx(sum(r <= 1 for r in ranks) / 7)
+    assert got["i2t_r@10"] == 1.0
+
+
+def test_one_modality_is_refused():
+    with pytest.raises(ValueError, match="at least two"):
+        Contrastive(["text"], info_nce, 10.0)
