@@ -24,7 +24,7 @@ class Ragged:
     sorted by shape, so that those of equal shape adjoin and one kernel call serves them all.
     """
 
-    values: Num[Tensor, N * C]
+    values: Shaped[Tensor, "N ..."]
     shapes: tuple[tuple[int, ...], ...]
     rows: tuple[int, ...]
 
