@@ -1,0 +1,5 @@
+"""`python -m mmformer.cli`."""
+
+from mmformer.cli import main
+
+main()

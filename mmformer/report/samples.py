@@ -1,0 +1,183 @@
+"""The sections of a report about single samples: the worst errors, the data, what could not be read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mmformer.report.html import Markup, section, table, tag
+from mmformer.report.media import picture, sound
+from mmformer.report.predictions import Predictions
+from mmformer.report.results import percent
+from mmformer.report.run import Run
+from mmformer.report.svg import bar
+
+CARDS = 12
+MEDIA_BYTES = 3_500_000
+MOST_FAULTS = 200
+SHOWN = frozenset({"text", "image", "audio", "label"})
+
+Media = Callable[[Mapping[str, Any], str], bytes | None]
+"""The file in a column of a sample (a row of `predictions.parquet`), as bytes; None where it has none.
+
+Raises OSError or ValueError where it cannot be read.
+"""
+
+
+@dataclass
+class Budget:
+    """Bytes that media may still take: a page must stay small whatever the samples are."""
+
+    left: int = MEDIA_BYTES
+
+    def take(self, size: int) -> bool:
+        if size > self.left:
+            return False
+        self.left -= size
+        return True
+
+
+def errors(run: Run, media: Media, count: int = CARDS) -> Markup:
+    """The samples with the largest loss, each with its picture, text and sound."""
+    said = run.predictions
+    if said is None or not len(said):
+        return Markup()
+    losses = np.asarray(said.column("loss"), dtype=np.float64)
+    scores = said.scores()
+    wrong = np.flatnonzero(scores == 0) if said.kind != "Number" else np.flatnonzero(~np.isnan(scores))
+    title, note = "Worst errors", f"Of {len(wrong):,} wrong answers, the {{}} with the largest loss."
+    if said.kind == "Number":
+        note = "The {} samples with the largest error."
+    elif not len(wrong):
+        wrong = np.flatnonzero(scores == 1)
+        title, note = "Hardest samples", "No answer was wrong: the {} right ones with the largest loss."
+    worst = wrong[np.argsort(-losses[wrong], kind="stable")][:count]
+    budget = Budget()
+    cards = [card(row, said, media, budget) for row in said.rows(worst.tolist())]
+    return section(title, tag("div", cards, class_="cards") if cards else None, note=note.format(len(cards)))
+
+
+def card(row: Mapping[str, Any], said: Predictions, media: Media, budget: Budget) -> Markup:
+    """One sample: what it shows and says, what was answered, what is true."""
+    parts = [
+        _medium(row, "image", media, budget, _image),
+        tag("blockquote", _cut(row["text"])) if row.get("text") else None,
+        _medium(row, "audio", media, budget, _audio),
+        _verdict(row, said),
+    ]
+    others = [f"{n}: {_cut(str(row[n]), 40)}" for n in said.extra if n not in SHOWN and row[n] is not None][:6]
+    return tag(
+        "article",
+        parts,
+        tag("p", " \u00b7 ".join(others), class_="id") if others else None,
+        tag("p", row["id"], f" \u00b7 loss {row['loss']:.3g}", class_="id"),
+        tag("p", row["fault"], class_="id bad") if row.get("fault") else None,
+        class_="card",
+    )
+
+
+def _cut(text: str, limit: int = 300) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "\u2026"
+
+
+def _medium(
+    row: Mapping[str, Any], column: str, media: Media, budget: Budget, draw: Callable[[bytes], Markup]
+) -> Markup | None:
+    """A picture or a player; a line that says why where there is none, nothing where the sample has none."""
+    try:
+        data = media(row, column)
+        if data is None:
+            return None
+        drawn = draw(data)
+    except (OSError, ValueError) as error:
+        return tag("p", f"{column} not shown: {_cut(str(error), 160)}", class_="absent")
+    if not budget.take(len(drawn)):
+        return tag("p", f"{column} not shown, to keep this page small", class_="absent")
+    return drawn
+
+
+def _image(data: bytes) -> Markup:
+    shown = picture(data)
+    return tag("img", src=shown.address, alt="the sample's picture", class_="small" if shown.small else None)
+
+
+def _audio(data: bytes) -> Markup:
+    return tag("audio", controls=True, preload="metadata", src=sound(data))
+
+
+def _verdict(row: Mapping[str, Any], said: Predictions) -> list[Markup]:
+    target, answer = _words(row["target"]), _words(row["prediction"])
+    right = row["target"] == row["prediction"]
+    lines = [
+        tag("div", "answered ", tag("span", answer, class_="good" if right else "bad")),
+        tag("div", "is ", tag("span", target, class_="good")),
+    ]
+    if said.kind == "Classes":
+        lines += [
+            tag(
+                "div",
+                tag("span", guess["label"], title=guess["label"]),
+                bar(guess["probability"], style="s3" if guess["label"] == row["target"] else "s2"),
+                tag("span", f"{guess['probability']:.2f}"),
+                class_="guess",
+            )
+            for guess in row["top"][:3]
+        ]
+    return lines
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(value) or "none"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def data(run: Run) -> Markup:
+    """How many samples each split has, by what they have."""
+    counts: Mapping[str, Mapping[str, int]] = run.about.get("data") or {}
+    splits = [split for split in counts if counts[split]]
+    combinations = dict.fromkeys(c for split in splits for c in counts[split])
+    order = sorted(combinations, key=lambda c: (-c.count("+"), c))
+    rows: list[Sequence[Any]] = [
+        [c.replace("+", " + ") or "nothing", *(f"{counts[s].get(c, 0):,}" for s in splits)] for c in order
+    ]
+    if len(order) > 1:
+        rows.append([tag("b", "all"), *(tag("b", f"{sum(counts[s].values()):,}") for s in splits)])
+    parts = [table(["a sample has", *splits], rows, range(1, 1 + len(splits)))] if rows else []
+    return section("Data", parts, _labels(run))
+
+
+def _labels(run: Run) -> Markup | None:
+    said = run.predictions
+    if said is None or said.kind == "Number":
+        return None
+    targets = [t for t in said.column("target") if t is not None]
+    count = Counter(t for target in targets for t in (target if isinstance(target, list) else [target]))
+    largest = max(count.values(), default=1)
+    rows = [
+        [label, f"{n:,}", percent(n / len(targets)), bar(n / largest)] for label, n in count.most_common(MOST_SHOWN)
+    ]
+    left = f"Labels of the test samples, the {MOST_SHOWN} most frequent of {len(said.labels)}"
+    title = left if len(count) > MOST_SHOWN else "Labels of the test samples"
+    bars = tag("div", table(["", "samples", "", ""], rows, (1, 2)), class_="bars")
+    return tag("details", tag("summary", title), bars)
+
+
+MOST_SHOWN = 40
+
+
+def faults(run: Run) -> Markup:
+    """What of the data could not be read, and why."""
+    if not run.faults:
+        return Markup()
+    reasons = Counter((str(fault.get("column", "")), str(fault.get("reason", ""))) for fault in run.faults)
+    summary = [[column, _cut(reason), f"{count:,}"] for (column, reason), count in reasons.most_common(20)]
+    names = [n for n in ("id", "split", "column", "path", "reason") if any(n in fault for fault in run.faults)]
+    lines = [[_cut(str(fault.get(n, ""))) for n in names] for fault in run.faults[:MOST_FAULTS]]
+    every = tag("details", tag("summary", f"each of them ({len(lines)} of {len(run.faults):,})"), table(names, lines))
+    note = f"{len(run.faults):,} cells could not be read and were left out; data_errors.jsonl lists every one."
+    return section("Faults in the data", table(["column", "reason", "times"], summary, numeric=(2,)), every, note=note)

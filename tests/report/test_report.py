@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmformer.report import Answers, write_predictions, write_report
+from tests.report.runs import write_run
+
+VOID = {"meta", "img", "br", "line", "rect", "circle"}
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed in order, and collects addresses and text."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.open.append(tag)
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += f"{data}\n"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return write_run(tmp_path_factory.mktemp("report") / "runs" / "digits" / "now")
+
+
+@pytest.fixture(scope="module")
+def text(run) -> str:
+    return write_report(run).read_text(encoding="utf-8")
+
+
+def test_the_page_asks_nothing_of_a_network(text):
+    page = Page(text)
+    assert page.addresses
+    assert all(address.startswith("data:") for address in page.addresses)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert not re.search(r"@import|url\(", text)
+    assert len(text) < 5_000_000
+
+
+def test_the_page_says_what_a_reader_asks(text):
+    said = Page(text).text
+    for wanted in [
+        "digits", "python train.py experiment=digits trainer.max_epochs=20", "guessing", "always “yes”", "1,204,321",
+        "1 min 33 s", "learning rate", "text + image", "kind", "voice 3", "Most frequent confusions", "Worst errors",
+        "text + audio", "17 cells could not be read", "truncated PNG: 812 of 1,024 bytes", "expected calibration error",
+    ]:  # fmt: skip
+        assert wanted in said, wanted
+    assert re.search(r"95\u2009% interval 9\d\.\d", said)
+
+
+def test_text_of_the_data_is_shown_and_never_markup(text):
+    assert "&lt;picture&gt; &amp; the sound?" in text
+    assert "<picture>" not in text
+
+
+def test_the_worst_errors_are_those_of_the_largest_loss(run, text):
+    from mmformer.report import read_predictions
+
+    said = read_predictions(run)
+    assert said is not None
+    loss, scores = np.array(said.column("loss")), said.scores()
+    wrong = np.flatnonzero(scores == 0)
+    worst = wrong[np.argsort(-loss[wrong], kind="stable")][:12]
+    ids = re.findall(r'class="id">(test-\d+)', text)
+    assert ids == [said.column("id")[i] for i in worst]
+    cards = text.split('<article class="card">')[1:]
+    assert len(cards) == len(worst)
+    for card, i in zip(cards, worst, strict=True):
+        assert ("<img" in card) == (said.column("image")[i] is not None)
+        assert ("<audio" in card) == (said.column("audio")[i] is not None)
+
+
+def change(run: Path, folder: Path, name: str, content: str | None) -> Path:
+    """A copy of a run with one file replaced or removed."""
+    folder.mkdir()
+    for path in run.iterdir():
+        if path.is_file() and path.name != name:
+            (folder / path.name).write_bytes(path.read_bytes())
+    if content is not None:
+        (folder / name).write_text(content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "gone"),
+    [
+        ("predictions.parquet", "Worst errors"),
+        ("metrics.csv", "Training"),
+        ("metrics.json", "By subset"),
+        ("run.json", "python train.py"),
+        ("data_errors.jsonl", "Faults"),
+        ("config.yaml", "Configuration"),
+    ],
+)
+def test_a_missing_file_costs_its_own_section_only(run, tmp_path, name, gone):
+    said = Page(write_report(change(run, tmp_path / "digits", name, None)).read_text()).text
+    assert gone not in said
+    for other in {"Worst errors", "Training", "By subset", "Faults", "Configuration"} - {gone}:
+        assert other in said, other
+
+
+def test_media_that_are_gone_are_named(run, tmp_path):
+    def gone(row, column):
+        if column == "image":
+            raise FileNotFoundError(2, "No such file", row[column])
+        return b"no sound"
+
+    copy = change(run, tmp_path / "digits", "report.html", None)
+    said = Page(write_report(copy, gone).read_text()).text
+    assert "image not shown: [Errno 2] No such file" in said
+    assert "audio not shown: not a readable sound" in said
+
+
+def test_media_stop_where_the_page_would_grow_too_large(run, tmp_path):
+    import io
+
+    import soundfile
+
+    out = io.BytesIO()
+    soundfile.write(out, np.random.default_rng(0).normal(size=60 * 16000) / 5, 16000, format="WAV")
+    noise = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (192, 192, 3), dtype=np.uint8)).save(noise, "PNG")
+    copy = change(run, tmp_path / "digits", "report.html", None)
+    page = write_report(copy, lambda row, column: out.getvalue() if column == "audio" else noise.getvalue())
+    assert page.stat().st_size < 5_000_000
+    assert "audio not shown, to keep this page small" in page.read_text()
+
+
+def test_no_error_shows_the_hardest_samples(tmp_path):
+    outputs = np.eye(3)[[0, 1, 2, 0]] * 5
+    answers = Answers(ids=("a", "b", "c", "d"), outputs=outputs, targets=np.array([0, 1, 2, 0]))
+    write_predictions(tmp_path, {"": answers}, ["x", "y", "z"])
+    (tmp_path / "metrics.json").write_text(json.dumps({"test/acc": 1.0}))
+    said = Page(write_report(tmp_path).read_text()).text
+    assert "Hardest samples" in said
+    assert "No answer was wrong: the 4 right ones" in said
+
+
+def test_a_regression_and_several_labels_have_a_report(tmp_path):
+    random = np.random.default_rng(0)
+    values = random.normal(size=50)
+    wild = Answers(ids=tuple(map(str, range(50))), outputs=values, targets=values + random.normal(size=50) / 9)
+    rows = {str(i): {"place": f"<{i % 3}>"} for i in range(50)}
+    write_predictions(tmp_path / "number", {"": wild}, rows=rows)
+    error = float(np.abs(wild.outputs - wild.targets).mean())
+    (tmp_path / "number" / "metrics.json").write_text(json.dumps({"test/mae": error, "test/r2": 0.9, "test/mae_t": 1}))
+    said = Page(write_report(tmp_path / "number").read_text()).text
+    assert "mean absolute error, test (95\u2009% interval" in said
+    assert "Mean absolute error by group" in said
+    assert "the 12 samples with the largest error" in said.lower()
+    several = Answers(ids=("a", "b"), outputs=np.array([[1.0, -1], [1, 1]]), targets=np.array([[1.0, 0], [0, 0]]))
+    write_predictions(tmp_path / "labels", {"": several}, ["x", "y"])
+    (tmp_path / "labels" / "metrics.json").write_text(json.dumps({"test/map": 0.7, "test/f1": 0.5}))
+    said = Page(write_report(tmp_path / "labels").read_text()).text
+    assert "mean average precision" in said
+    assert "none" in said
+
+
+def test_a_run_of_retrieval_has_a_report_without_predictions(tmp_path):
+    (tmp_path / "metrics.json").write_text(json.dumps({"test/t2i_r@1": 0.5, "test/i2t_r@1": 0.25, "test/loss": 2.0}))
+    said = Page(write_report(tmp_path).read_text()).text
+    assert "t2i_r@1" in said
