@@ -79,18 +79,21 @@ class Visibility:
 class Group:
     """Neighbouring segments that one dense attention call serves: `count` of up to `queries` x `keys` tokens.
 
-    `query` and `key` are slices where all segments are equally long and adjoin, else indices that repeat a token
-    where a segment is short. `out` picks the real queries. `mask` hides what is not to be seen.
+    The spans say which stretch of the row they lie in. `query` and `key` index that stretch, a short segment repeating
+    its last token; None where all segments are equally long and adjoin. `out` picks the real queries. `mask` is true
+    where a query sees a key, and `sees` where it sees any; None stands for true everywhere.
     """
 
     count: int
     queries: int
     keys: int
-    query: slice | Int[Tensor, ...]
-    key: slice | Int[Tensor, ...]
+    query_span: slice
+    key_span: slice
+    query: Int[Tensor, ...] | None
+    key: Int[Tensor, ...] | None
     out: Int[Tensor, ...] | None
-    mask: Bool[Tensor, "n 1 Lq Lk"] | None
-    query_tokens: int
+    mask: Bool[Tensor, "n 1 _ Lk"] | None
+    sees: Bool[Tensor, "n 1 Lq 1"] | None
 
 
 # Query-key pairs whose arithmetic costs about as much as one more attention call (benchmarks/grouping.py).
@@ -217,7 +220,7 @@ class Sight:
         wide, deep, count = int(queries.max()), int(keys.max()), len(queries)
         query, even_queries = _index(query_start, queries, wide)
         key, even_keys = _index(key_start, keys, deep)
-        mask = None
+        mask = sees = None
         if deep and not (self.visibility.full and even_keys):
             real = torch.from_numpy(np.arange(deep) < keys[:, None]).to(device)
             mask = real[:, None, None, :]
@@ -227,14 +230,17 @@ class Sight:
                 mask = mask & self.visibility.allows(
                     self.query.modality[0][q], self.query.position[0][q],
                     self.key.modality[0][k], self.key.position[0][k])[:, None]  # fmt: skip
+                sees = mask.any(-1, keepdim=True)
+                sees = None if sees.all() else sees
         out = None
         if not even_queries:
             out = torch.from_numpy(np.flatnonzero(np.arange(wide) < queries[:, None])).to(device)
+        query_span, key_span = _span(query_start, queries), _span(key_start, keys)
         return Group(
-            count, wide, deep,
-            _slice(query_start, query) if even_queries else _on(query, device),
-            _slice(key_start, key) if even_keys and deep and _adjoin(key_start, keys) else _on(key, device),
-            out, mask, int(queries.sum()),
+            count, wide, deep, query_span, key_span,
+            None if even_queries else _on(query - query_span.start, device),
+            None if even_keys and _adjoin(key_start, keys) else _on(key - key_span.start, device),
+            out, mask, sees,
         )  # fmt: skip
 
 
@@ -264,8 +270,8 @@ def _adjoin(start: np.ndarray, lengths: np.ndarray) -> bool:
     return bool((start[1:] == (start + lengths)[:-1]).all())
 
 
-def _slice(start: np.ndarray, index: np.ndarray) -> slice:
-    return slice(int(start[0]), int(start[0]) + len(index))
+def _span(start: np.ndarray, lengths: np.ndarray) -> slice:
+    return slice(int(start.min()), int((start + lengths).max()))
 
 
 def _on(index: np.ndarray, device: torch.device) -> Int[Tensor, " n"]:

@@ -23,7 +23,7 @@ RANK = {part: rank for rank, parts in enumerate([*MODEL, "training"]) for part i
 DATA = {"datasets"}
 """Imports `batch` only; files mean nothing to the model, so training and what lies above it alone may import it."""
 
-ABOVE = {"checkpoints", "predict", "report", "export", "compress", "generate", "retrieve", "cli"}
+ABOVE = {"checkpoints", "run", "predict", "report", "export", "compress", "generate", "retrieve", "cli"}
 """Import the model, and nothing below imports them; training saves checkpoints, and may import those."""
 
 HEAVY = {

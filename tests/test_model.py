@@ -132,7 +132,7 @@ def test_errors_say_what_is_there():
     model = small_model()
     with pytest.raises(KeyError, match="no head 'caption': this model has"):
         model.output(model.encode(random_batch(3)), "caption")
-    with pytest.raises(ValueError, match="fusion reads .'text'. but the encoders are"):
+    with pytest.raises(ValueError, match=r"fusion reads \['text'\] but the encoders are"):
         Model({k: v for k, v in model.encoders.items() if k != "text"}, model.fusion)
     with pytest.raises(ValueError, match="name 'latent'"):
         Fusion(8, ["text"], None, MeanPool(), num_latents=2)
@@ -146,5 +146,5 @@ def test_frozen_parameters_are_named_and_stay():
     assert frozen
     assert all(name.startswith("encoders.image.") for name in frozen)
     assert {n for n, p in model.named_parameters() if not p.requires_grad} == set(frozen)
-    with pytest.raises(ValueError, match="'encoders.video.\\*' matches no parameter"):
+    with pytest.raises(ValueError, match=r"'encoders.video.\*' matches no parameter"):
         model.freeze(["encoders.video.*"])

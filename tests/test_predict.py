@@ -219,11 +219,12 @@ def test_several_labels_come_as_lists(tmp_path):
 
 
 def test_a_number_comes_on_its_own_scale(tmp_path):
-    config = other_kind({"_target_": "mmformer.objectives.Number", "mean": 100.0, "std": 2.0}, outputs=1)
+    config = other_kind({"_target_": "mmformer.objectives.Number"}, outputs=1)
+    config["model"]["heads"]["label"] |= {"mean": 100.0, "std": 2.0}
     predictor = mmformer.load(save(tmp_path, config))
     vector = predictor.embed({"text": "hello"})
     with torch.inference_mode():
-        wanted = float(predictor.model.heads["label"](vector[None])) * 2 + 100
+        wanted = float(predictor.model.heads["label"].out(vector[None])) * 2 + 100
     assert predictor.predict({"text": "hello"}) == pytest.approx(wanted, abs=1e-3)
     with pytest.raises(ValueError, match="predicts a number, which has no probabilities"):
         predictor.predict_proba({"text": "hello"})

@@ -6,8 +6,9 @@ gathers zeros. Queries are (B, Tq, H, d), keys and values (B, Tk, G, d) with G d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -41,29 +42,45 @@ def dense(
     q: Float[Tensor, "B Tq H d"], k: Float[Tensor, "B Tk G d"], v: Float[Tensor, "B Tk G d"], sight: Sight
 ) -> Float[Tensor, "B Tq H d"]:
     """One SDPA call under the whole mask; for export, and the form the others are tested against."""
-    return _masked(q, k, v, sight.dense, _sdpa)
+    return _masked(q, k, v, sight.dense, sight.dense.any(-1, keepdim=True), _sdpa)
 
 
 def grouped(
     q: Float[Tensor, "1 Tq H d"], k: Float[Tensor, "1 Tk G d"], v: Float[Tensor, "1 Tk G d"], sight: Sight
 ) -> Float[Tensor, "1 Tq H d"]:
     """Packed rows on a CPU: segments of like length go through one dense call together."""
-    parts = [_gather_group(q[0], k[0], v[0], group) for group in sight.groups]
-    rest = q.shape[1] - sum(group.query_tokens for group in sight.groups)
+    groups = sight.groups
+    queries = _cut(q[0], [group.query_span for group in groups])
+    keys, values = (_cut(x[0], [group.key_span for group in groups]) for x in (k, v))
+    parts = [_gather_group(*own) for own in zip(queries, keys, values, groups, strict=True)]
+    rest = q.shape[1] - sum(len(part) for part in parts)
     if rest:
         parts.append(q.new_zeros(rest, *q.shape[2:]))
     return torch.cat(parts)[None]
 
 
+def _cut(x: Float[Tensor, "T G d"], spans: Sequence[slice]) -> Sequence[Float[Tensor, "_ G d"]]:
+    """The spans of a row. The backward of one split is one concatenation, that of each slice a whole row of zeros."""
+    filled = [span for span in spans if span.stop > span.start]
+    if not filled or any(a.stop != b.start for a, b in pairwise(filled)):
+        return [x[span] for span in spans]
+    sizes = [span.stop - span.start for span in spans]
+    return x.split([filled[0].start, *sizes, len(x) - filled[-1].stop])[1:-1]
+
+
 def _gather_group(q: Tensor, k: Tensor, v: Tensor, group: Group) -> Float[Tensor, "t H d"]:
     if not group.keys:
-        return q.new_zeros(group.query_tokens, *q.shape[1:])
-    q = q[group.query].view(group.count, group.queries, *q.shape[1:])
-    k = k[group.key].view(group.count, group.keys, *k.shape[1:])
-    v = v[group.key].view(group.count, group.keys, *v.shape[1:])
+        return torch.zeros_like(q)
+    q = _stack(q, group.query, group.count)
+    k, v = _stack(k, group.key, group.count), _stack(v, group.key, group.count)
     inner = _plain if _plain_is_faster(q, group.keys) else _sdpa
-    out = _masked(q, k, v, group.mask, inner).flatten(0, 1)
-    return out if group.out is None else out[group.out]
+    out = _masked(q, k, v, group.mask, group.sees, inner).flatten(0, 1)
+    return out if group.out is None else out.index_select(0, group.out)
+
+
+def _stack(x: Float[Tensor, "t G d"], where: Tensor | None, count: int) -> Float[Tensor, "n L G d"]:
+    """A group's tokens with a row for each of its segments."""
+    return (x if where is None else x.index_select(0, where)).unflatten(0, (count, -1))
 
 
 def _plain_is_faster(q: Tensor, keys: int) -> bool:
@@ -72,14 +89,19 @@ def _plain_is_faster(q: Tensor, keys: int) -> bool:
     return fast and keys <= PLAIN_KEYS
 
 
-def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "n 1 Lq Lk"] | None, inner: Callable) -> Tensor:
-    """Run (n, L, H, d) attention; queries that see nothing look everywhere and are then set to zero."""
+def _masked(
+    q: Float[Tensor, "n Lq H d"],
+    k: Float[Tensor, "n Lk G d"],
+    v: Float[Tensor, "n Lk G d"],
+    mask: Bool[Tensor, "n 1 _ Lk"] | None,
+    sees: Bool[Tensor, "n 1 Lq 1"] | None,
+    inner: Callable,
+) -> Float[Tensor, "n Lq H d"]:
+    """Run attention; queries that see nothing look everywhere and are then set to zero, so that no NaN arises."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if mask is None:
-        return inner(q, k, v, None).transpose(1, 2)
-    sees = mask.any(-1, keepdim=True)
-    out = inner(q, k, v, mask | ~sees)
-    return torch.where(sees, out, 0).transpose(1, 2)
+    if mask is None or sees is None:
+        return inner(q, k, v, mask).transpose(1, 2)
+    return torch.where(sees, inner(q, k, v, mask | ~sees), 0).transpose(1, 2)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

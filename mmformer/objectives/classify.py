@@ -124,22 +124,22 @@ def average_precision(scores: Float[Tensor, " n"], wanted: Float[Tensor, " n"]) 
 
 
 class Number(Objective):
-    """A number, by mean squared error on the scale of `mean` and `std` (of the training targets)."""
+    """A number, by mean squared error in units of the head's standard deviation."""
 
-    def __init__(self, head: str, target: str, source: str | None = None, mean: float = 0.0, std: float = 1.0):
+    def __init__(self, head: str, target: str, source: str | None = None):
         super().__init__()
-        self.head, self.target, self.source, self.mean, self.std = head, target, source, mean, std
+        self.head, self.target, self.source = head, target, source
 
     def forward(self, model: Model, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
         value, present = model.output(encoded, self.head, self.source)
-        target = (batch.targets[self.target] - self.mean) / self.std
+        target = batch.targets[self.target]
         known = ~target.isnan() & present
-        error = (value[:, 0].float() - target.nan_to_num()) ** 2
+        error = ((value[:, 0].float() - target.nan_to_num()) / getattr(model.heads[self.head], "std", 1.0)) ** 2
         return {"loss": (error * known).sum() / known.sum().clamp(min=1)}
 
     def predict(self, model: Model, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
         value, present = model.output(encoded, self.head, self.source)
-        return {"value": value[:, 0].float() * self.std + self.mean, "present": present}
+        return {"value": value[:, 0].float(), "present": present}
 
     def meter(self) -> NumberMeter:
         return NumberMeter(self.target)

@@ -4,10 +4,11 @@ import torch.nn.functional as F
 from sklearn import metrics
 
 from mmformer.batch import Batch
+from mmformer.heads import Head
 from mmformer.model import Encoded
 from mmformer.objectives import Classes, Labels, Number
 from mmformer.objectives.classify import average_precision
-from tests.helpers import random_batch, small_model
+from tests.helpers import random_batch, scramble, small_model
 
 
 def setup(size=14):
@@ -96,7 +97,8 @@ def test_number_is_squared_error_on_the_standard_scale_and_predicts_on_the_real_
     target = torch.randn(14) * 50 + 100
     target[2] = torch.nan
     batch = with_targets(batch, price=target)
-    objective = Number("answer", "price", mean=100.0, std=50.0)
+    model.heads["price"] = scramble(Head(24, 1, mean=100.0, std=50.0))
+    objective = Number("price", "price")
     value = objective.predict(model, encoded, batch)["value"]
     known = ~target.isnan()
     expected = (((value - target)[known]) / 50).square().mean()

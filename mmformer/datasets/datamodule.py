@@ -1,0 +1,245 @@
+"""Splits of a data set as loaders that go on exactly where a killed run stopped."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import pytorch_lightning as pl
+from torch.utils.data import DataLoader
+
+from mmformer.batch import Batch
+from mmformer.datasets.augment import Augment
+from mmformer.datasets.dataset import ManifestDataset
+from mmformer.datasets.features import Feature
+from mmformer.datasets.labels import Kind, Target
+from mmformer.datasets.manifest import Manifest, read_manifest
+from mmformer.datasets.sampler import Batching, BatchSampler
+from mmformer.datasets.splits import SPLITS
+from mmformer.datasets.tokenizers import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loading:
+    """How batches are made: how large (over all processes), and by how many worker processes.
+
+    `timeout` is in seconds: a worker that hangs in a decoder ends the run with a message instead of silence.
+    """
+
+    batch_size: int | None
+    batch_tokens: int | None
+    eval_batch_size: int
+    num_workers: int
+    timeout: int
+    pin_memory: bool
+
+    def batching(self, split: str, seed: int) -> Batching:
+        train = split == "train"
+        return Batching(
+            seed=seed,
+            batch_size=self.batch_size if train else self.eval_batch_size,
+            batch_tokens=self.batch_tokens if train else None,
+            shuffle=train,
+            drop_last=train,
+        )
+
+
+class Split(Protocol):
+    """The samples of a split; a key is (epoch, index), all that the augmentation of a sample depends on."""
+
+    def __len__(self) -> int: ...
+    def __getitems__(self, keys: list[tuple[int, int]]) -> Batch: ...
+    def num_tokens(self) -> list[int]: ...
+
+
+class Loader(DataLoader):
+    """Says to Lightning that it can resume; its place is kept by the data module, which knows what was trained on."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The sampler has been set by `Loaders.load_state_dict`."""
+
+
+class Loaders(pl.LightningDataModule):
+    """Loaders over splits that a subclass makes in `setup`.
+
+    The place in the data is (epoch, batch): with the seed it decides everything that comes after, so it is all that
+    a checkpoint holds, and the number of workers may change.
+    """
+
+    def __init__(self, loading: Loading, seed: int) -> None:
+        super().__init__()
+        self.loading = loading
+        self.seed = seed
+        self.splits: dict[str, Split] = {}
+        self._place = (0, 0)
+
+    def has(self, split: str) -> bool:
+        return split in self.splits
+
+    @property
+    def num_rows(self) -> int:
+        return sum(len(split) for split in self.splits.values())
+
+    def batches_per_epoch(self) -> int:
+        return len(self._sampler("train"))
+
+    def _sampler(self, split: str) -> BatchSampler:
+        sizes = self.splits[split].num_tokens() if self.loading.batch_tokens or self._world()[1] > 1 else None
+        rank, world_size = self._world()
+        rule = self.loading.batching(split, self.seed)
+        return BatchSampler(sizes or [1] * len(self.splits[split]), rule, rank, world_size)
+
+    def _world(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _loader(self, split: str) -> Loader:
+        sampler = self._sampler(split)
+        if split == "train":
+            sampler.resume_at(*self._place)
+            self._place = (0, 0)
+        workers = self.loading.num_workers
+        return Loader(
+            self.splits[split],  # pyright: ignore[reportArgumentType]
+            batch_sampler=sampler,
+            collate_fn=_same,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            timeout=self.loading.timeout if workers else 0,
+            pin_memory=self.loading.pin_memory,
+            worker_init_fn=_ignore_interrupt,
+        )
+
+    def train_dataloader(self) -> Loader:
+        return self._loader("train")
+
+    def val_dataloader(self) -> Loader | list[Loader]:
+        return self._loader("val") if self.has("val") else []
+
+    def test_dataloader(self) -> Loader:
+        return self._loader("test")
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self.trainer is not None
+        loop: Any = self.trainer.fit_loop
+        return {"epoch": loop.epoch_progress.current.processed, "batch": loop.epoch_loop.batch_progress.current.ready}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._place = (state_dict["epoch"], state_dict["batch"])
+
+
+def _same(batch: Any) -> Batch:
+    return batch
+
+
+def _ignore_interrupt(worker: int) -> None:
+    # Ctrl-C reaches every process of the terminal; the main one decides, and still needs its workers to finish a step.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+AUTO = "auto"
+"""In place of a column's name: the column that is called like what it is for, if there is one."""
+
+_MONITOR = {"Classes": ("val/acc", "max"), "Labels": ("val/map", "max"), "Number": ("val/mae", "min")}
+
+
+def open_manifest(path: str, columns: Mapping[str, str | None], **options: Any) -> Manifest:
+    """`read_manifest`, where "auto" stands for a column that need not be named."""
+    return read_manifest(path, {role: name for role, name in columns.items() if name != AUTO}, **options)
+
+
+class DataModule(Loaders):
+    """The splits of a manifest.
+
+    `features` says how the cells of each modality become tensors; a partial one is still to be given the tokenizer,
+    which `tokenizer` makes of the texts that train. A modality without a column is left out. `augment` is applied to
+    what trains. `targets` names further columns as targets, with their kind or null to infer it. `options` go to each
+    `ManifestDataset`.
+    """
+
+    def __init__(
+        self,
+        manifest: Callable[[], Manifest],
+        features: Mapping[str, Feature | partial[Feature]],
+        tokenizer: Callable[[Iterable[str]], Tokenizer],
+        augment: Augment | None,
+        targets: Mapping[str, Kind | None],
+        loading: Loading,
+        options: Mapping[str, Any],
+        seed: int,
+    ) -> None:
+        super().__init__(loading, seed)
+        self._manifest, self._features, self._tokenizer = manifest, features, tokenizer
+        self._augment, self._targets, self._options = augment, targets, options
+        self.tokenizer: Tokenizer | None = None
+        self.features: dict[str, Feature] = {}
+        self.targets: dict[str, Target] = {}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the manifest and make the splits that have rows; once, whatever the stage."""
+        if self.splits:
+            return
+        manifest = self.manifest = self._manifest()
+        counts = {split: int((manifest.split == code).sum()) for code, split in enumerate(SPLITS)}
+        names = [name for name in self._features if name in manifest.modalities]
+        if any(isinstance(self._features[name], partial) for name in names):
+            self.tokenizer = self._tokenizer(_texts(manifest))
+        self.features = {name: _complete(self._features[name], self.tokenizer) for name in names}
+        self.targets = {name: manifest.read_target(name, kind) for name, kind in self._targets.items()}
+        for split in (split for split in SPLITS if counts[split]):
+            augment = self._augment if split == "train" else None
+            self.splits[split] = ManifestDataset(
+                manifest, split, self.features, targets=self.targets, augment=augment, seed=self.seed, **self._options
+            )
+
+    def facts(self) -> dict[str, Any]:
+        """What a model must know of the data, in plain values."""
+        targets = ({"label": self.manifest.label} if self.manifest.label else {}) | self.targets
+        label = targets.get("label")
+        monitor, mode = _MONITOR[label.kind] if label else ("val/loss", "min")
+        return {
+            "modalities": list(self.features),
+            "vocab_size": self.tokenizer.vocab_size if self.tokenizer else None,
+            "objective": label.kind if label else None,
+            "num_outputs": label.num_outputs if label else None,
+            "mean": label.mean if label and label.kind == "Number" else 0.0,
+            "std": label.std if label and label.kind == "Number" else 1.0,
+            "label_names": list(label.names) if label else None,
+            "columns": {name: cells.name for name, cells in self.manifest.inputs.items()},
+            "targets": {name: _describe(target) for name, target in targets.items()},
+            "monitor": monitor,
+            "monitor_mode": mode,
+        }
+
+    def summary(self) -> list[str]:
+        """What was found, in lines for the screen."""
+        rows = ", ".join(f"{split} {len(data):,}" for split, data in self.splits.items())
+        label = self.manifest.label
+        what = f"; label: {label.kind} ({label.num_outputs})" if label else ""
+        lines = [f"data: {self.manifest.path}: rows {rows}; {', '.join(self.features)}{what}"]
+        return lines + [f"data: {note}" for note in self.manifest.notes]
+
+
+def _texts(manifest: Manifest) -> Sequence[str]:
+    """The texts that train, each distinct one once."""
+    rows = manifest.rows("train").tolist()
+    return list(dict.fromkeys(text for row in rows if (text := manifest.text(row))))
+
+
+def _complete(feature: Feature | partial[Feature], tokenizer: Tokenizer | None) -> Feature:
+    return feature(tokenizer) if isinstance(feature, partial) else feature
+
+
+def _describe(target: Target) -> dict[str, Any]:
+    return {
+        "kind": target.kind,
+        "num_outputs": target.num_outputs,
+        "names": list(target.names),
+        "mean": target.mean,
+        "std": target.std,
+    }

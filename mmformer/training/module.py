@@ -1,0 +1,251 @@
+"""The training step, the evaluation step and nothing else: the one LightningModule that knows the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any, TypeVar
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from mmformer.batch import Batch
+from mmformer.datasets.sampler import counter_seed
+from mmformer.model import Encoded, Model
+from mmformer.objectives.objective import Objective
+from mmformer.training.evaluation import Evaluation, Judged
+from mmformer.training.loggers import MetricsCSV
+from mmformer.training.optim import Average, total_steps
+
+Found = TypeVar("Found")
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss became NaN or infinite; raised before the step, so that the weights are still good."""
+
+
+class Training(pl.LightningModule):
+    """Train a model on weighted objectives, and judge it on every subset of its modalities.
+
+    `weights[name]` scales an objective (1 where it is not named). `optimizer` makes one from a module, `schedule` a
+    learning-rate schedule from the optimizer and the number of steps. `ema` is the decay of an average of the weights,
+    which is then what is evaluated and exported. All randomness of a step is a function of (`seed`, step), so nothing
+    random is saved in a checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        objectives: Mapping[str, Objective],
+        weights: Mapping[str, float],
+        optimizer: Callable[[nn.Module], Optimizer],
+        schedule: Callable[[Optimizer, int], LRScheduler],
+        seed: int,
+        ema: float | None,
+    ) -> None:
+        super().__init__()
+        if unknown := sorted(set(weights) - set(objectives)):
+            raise ValueError(f"weights for {unknown}, but the objectives are {sorted(objectives)}")
+        self.model = model
+        self.objectives = nn.ModuleDict(objectives)
+        self.weights = dict(weights)
+        self.make_optimizer = optimizer
+        self.make_schedule = schedule
+        self.seed = seed
+        self.average = Average(self._trained(), ema) if ema is not None else None
+        self.size = (0, 0, 0)
+        """Samples, tokens, and tokens with padding of the last training batch."""
+        self.measured: dict[str, float] = {}
+        """The metrics of the last evaluation."""
+        self.on_judged: Callable[[str, str, dict[str, Tensor], Batch], None] | None = None
+        """Is told what is predicted while a split is judged: objective, subset, predictions, samples."""
+        self._evaluation: Evaluation | None = None
+        self._step_losses: list[dict[str, Tensor]] = []
+
+    def _trained(self) -> nn.ModuleDict:
+        return nn.ModuleDict({"model": self.model, "objectives": self.objectives})
+
+    def evaluated(self) -> tuple[Model, dict[str, Objective]]:
+        """The model and the objectives that are judged and exported: their average where there is one."""
+        parts = self._trained() if self.average is None else self.average.module
+        return parts["model"], dict(parts["objectives"].items())  # pyright: ignore
+
+    # ------------------------------------------------------------------ training
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        torch.manual_seed(counter_seed(self.seed, "step", self.global_step, batch_idx, self.global_rank))
+        if not len(batch):
+            return self._idle()
+        encoded = self.model.encode(batch)
+        self.size = _size(batch, encoded)
+        losses = self._losses(self.model, dict(self.objectives.items()), encoded, batch)  # pyright: ignore
+        if not losses:
+            return self._idle()
+        total = torch.stack(list(losses.values())).sum()
+        if not torch.isfinite(total):
+            self._refuse(losses, batch)
+        self.log("train/loss", total.detach(), logger=False, batch_size=1)
+        self._step_losses.append({"loss": total.detach()} | {f"loss_{k}": v.detach() for k, v in losses.items()})
+        return total
+
+    def _losses(
+        self, model: Model, objectives: Mapping[str, Objective], encoded: Encoded, batch: Batch
+    ) -> dict[str, Tensor]:
+        """Weighted losses: an objective's name, with that of its loss where it has several."""
+        out = {}
+        for name, objective in objectives.items():
+            found = objective(model, encoded, batch)
+            for part, loss in found.items():
+                key = name if part == "loss" else f"{name}_{part}"
+                out[key] = self.weights.get(name, 1.0) * loss
+        return out
+
+    def _idle(self) -> Tensor:
+        """A loss of 0 that reaches every parameter: a process without a sample still takes part in the step."""
+        return torch.stack([p.flatten()[0] * 0.0 for p in self.parameters() if p.requires_grad]).sum()
+
+    def _refuse(self, losses: Mapping[str, Tensor], batch: Batch) -> None:
+        bad = {name: loss.item() for name, loss in losses.items() if not torch.isfinite(loss)}
+        shown = ", ".join(batch.ids[:8]) + (f" and {len(batch) - 8} more" if len(batch) > 8 else "")
+        raise NonFiniteLoss(
+            f"the loss is not finite at step {self.global_step}: {bad or dict.fromkeys(losses, 'sum')};"
+            f" the rows of this batch: {shown}; the weights were not updated:"
+            " look at these rows, or lower the learning rate (module.optimizer.lr)"
+        )
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        step = self.global_step + 1  # Lightning counts after this hook
+        if self.average is not None:
+            self.average.update(self._trained(), step)
+        self._record_step(step)
+
+    def _record_step(self, step: int) -> None:
+        """Log now and not through Lightning, which would log after a checkpoint of this step was saved."""
+        losses, self._step_losses = self._step_losses, []
+        if step % self._log_every and step != 1:
+            return
+        mine = {name: [part[name].item() for part in losses if name in part] for part in losses for name in part}
+        everyone = self._from_all_ranks(mine)
+        names = dict.fromkeys(name for found in everyone for name in found)
+        values = {name: [value for found in everyone for value in found.get(name, ())] for name in names}
+        metrics = {f"train/{name}": sum(found) / len(found) for name, found in values.items()}
+        if metrics:
+            self.record(metrics | {"lr": self.trainer.optimizers[0].param_groups[0]["lr"]}, step)
+
+    @property
+    def _log_every(self) -> int:
+        trainer: Any = self.trainer
+        return max(1, trainer.log_every_n_steps)
+
+    def record(self, metrics: Mapping[str, float], step: int) -> None:
+        """Hand metrics to every logger, under the number of optimizer steps that were made."""
+        for logger in self.loggers:
+            # by arithmetic: Lightning counts another epoch when training ends within one
+            logger.log_metrics(dict(metrics) | {"epoch": max(0, step - 1) // self._steps_per_epoch}, step=step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["trackers"] = {
+            "rows": [logger.rows for logger in self.loggers if isinstance(logger, MetricsCSV)],
+            "wandb": [str(logger.version) for logger in self.loggers if type(logger).__name__ == "WandbLogger"],
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        files = [logger for logger in self.loggers if isinstance(logger, MetricsCSV)]
+        for logger, rows in zip(files, checkpoint["trackers"]["rows"], strict=False):
+            logger.rewind(rows)
+
+    # ------------------------------------------------------------------ evaluation
+
+    def on_validation_epoch_start(self) -> None:
+        self._start(by_subset=self.trainer.state.fn != "fit")
+
+    def on_test_epoch_start(self) -> None:
+        self._start(by_subset=True)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        self._finish("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._finish("test")
+
+    def _start(self, by_subset: bool) -> None:
+        model, objectives = self.evaluated()
+        self._evaluation = Evaluation(objectives, list(model.encoders), by_subset)
+        self._loss_sum, self._loss_count = 0.0, 0
+
+    def _evaluate(self, batch: Batch, split: str) -> None:
+        assert self._evaluation is not None
+        model, objectives = self.evaluated()
+        judged: list[Judged] = []
+        total, count = 0.0, 0
+        if len(batch):
+            encoded = model.encode(batch)
+            losses = self._losses(model, objectives, encoded, batch)
+            if losses:
+                total, count = float(torch.stack(list(losses.values())).sum()) * len(batch), len(batch)
+            judged = list(self._evaluation.judge(objectives, model, encoded, batch))
+        if self.trainer.world_size > 1:
+            judged = [(n, s, {k: v.cpu() for k, v in p.items()}, b.to("cpu")) for n, s, p, b in judged]
+        for part, part_total, part_count in self._from_all_ranks((judged, total, count)):
+            self._evaluation.update(part)
+            if self.on_judged is not None:
+                for item in part:
+                    self.on_judged(*item)
+            self._loss_sum += part_total
+            self._loss_count += part_count
+
+    def _from_all_ranks(self, found: Found) -> list[Found]:
+        """What every process found in its share, in their order; all of them must ask."""
+        if self.trainer.world_size == 1:
+            return [found]
+        gathered: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(gathered, found)
+        return gathered
+
+    def _finish(self, split: str) -> None:
+        assert self._evaluation is not None
+        metrics = {"loss": self._loss_sum / self._loss_count} if self._loss_count else {}
+        metrics |= self._evaluation.compute()
+        self._evaluation = None
+        named = self.measured = {f"{split}/{name}": value for name, value in metrics.items()}
+        self.log_dict(named, logger=False, batch_size=1)
+        if self.trainer.state.fn == "test" or (self.trainer.state.fn == "fit" and not self.trainer.sanity_checking):
+            self.record(named, self.global_step)
+
+    # ------------------------------------------------------------------ optimizer
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(self._trained())
+        schedule = self.make_schedule(optimizer, self.total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        trainer = self.trainer
+        return total_steps(trainer.max_steps, trainer.max_epochs, self._steps_per_epoch)
+
+    @cached_property
+    def _steps_per_epoch(self) -> int:
+        # Not trainer.estimated_stepping_batches: it starts the loader before a checkpoint has set its place.
+        trainer: Any = self.trainer
+        batches: int = trainer.datamodule.batches_per_epoch()
+        for limit in (trainer.limit_train_batches, trainer.overfit_batches or 1.0):
+            batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        return max(1, math.ceil(batches / trainer.accumulate_grad_batches))
+
+
+def _size(batch: Batch, encoded: Encoded) -> tuple[int, int, int]:
+    tokens = sum(t.layout.total if t.layout is not None else int(t.valid.sum()) for t in encoded.values())
+    return len(batch), tokens, sum(t.segment.numel() for t in encoded.values())
