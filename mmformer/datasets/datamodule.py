@@ -148,9 +148,13 @@ AUTO = "auto"
 _MONITOR = {"Classes": ("val/acc", "max"), "Labels": ("val/map", "max"), "Number": ("val/mae", "min")}
 
 
-def open_manifest(path: str, columns: Mapping[str, str | None], **options: Any) -> Manifest:
-    """`read_manifest`, where "auto" stands for a column that need not be named."""
-    return read_manifest(path, {role: name for role, name in columns.items() if name != AUTO}, **options)
+def open_manifest(
+    path: str, columns: Mapping[str, str | None], references: Mapping[str, str | None], **options: Any
+) -> Manifest:
+    """`read_manifest`, where "auto" stands for a column that need not be named, and a column left out refers to none."""
+    named = {role: name for role, name in columns.items() if name != AUTO}
+    kept = {role: target for role, target in references.items() if columns.get(role, AUTO) is not None}
+    return read_manifest(path, named, references=kept, **options)
 
 
 class DataModule(Loaders):

@@ -40,19 +40,19 @@ class Contrastive(Objective):
     """A contrastive loss over every pair of `modalities`, on the samples that have both; the mean over pairs.
 
     The model's head of a modality's name embeds it and must give unit vectors. `loss` is `info_nce` or `sigmoid`, or
-    a function like them; scale and bias are learned, from `scale` and `bias` on, the scale at most 100.
+    a function like them. The scale is learned from `scale` on, up to 100, and so is the bias where one is given.
 
     Raises:
         ValueError: fewer than two modalities.
     """
 
-    def __init__(self, modalities: Sequence[str], loss: PairLoss, scale: float, bias: float = 0.0):
+    def __init__(self, modalities: Sequence[str], loss: PairLoss, scale: float, bias: float | None = None):
         super().__init__()
         if len(modalities) < 2:
             raise ValueError(f"contrastive over {list(modalities)}: name at least two modalities")
         self.modalities, self.loss = list(modalities), loss
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
-        self.bias = nn.Parameter(torch.tensor(bias), requires_grad=loss is not info_nce)
+        self.bias = nn.Parameter(torch.tensor(bias or 0.0), requires_grad=bias is not None)
 
     def forward(self, model: Model, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
         found = self._embed(model, encoded)
