@@ -151,7 +151,7 @@ _MONITOR = {"Classes": ("val/acc", "max"), "Labels": ("val/map", "max"), "Number
 def open_manifest(
     path: str, columns: Mapping[str, str | None], references: Mapping[str, str | None], **options: Any
 ) -> Manifest:
-    """`read_manifest`, where "auto" stands for a column that need not be named, and a column left out refers to none."""
+    """`read_manifest`; "auto" stands for a column that need not be named, and a column left out refers to none."""
     named = {role: name for role, name in columns.items() if name != AUTO}
     kept = {role: target for role, target in references.items() if columns.get(role, AUTO) is not None}
     return read_manifest(path, named, references=kept, **options)
