@@ -177,7 +177,7 @@ class Run:
             metrics |= module.measured
         if trainer.is_global_zero:
             self._write(trainer, module, data, metrics, collector)
-            final_table(metrics, self.folder, self._next_commands())
+            final_table(metrics, list(module.model.encoders), self.folder, self._next_commands())
         return self._optimized(metrics)
 
     def _load_best(self, trainer: pl.Trainer, module: Training, data: Any) -> None:

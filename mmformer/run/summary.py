@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from mmformer.training.evaluation import subsets
 from mmformer.training.module import Training
 
 
@@ -27,21 +28,33 @@ def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def final_table(metrics: Mapping[str, float], folder: Path, commands: Mapping[str, str]) -> None:
-    """Validation and test side by side, a row for each metric and subset; then where things lie and what to do next."""
-    table = Table(box=None, pad_edge=False)
-    splits = [split for split in ("val", "test") if any(name.startswith(f"{split}/") for name in metrics)]
-    table.add_column("metric")
-    for split in splits:
-        table.add_column(split, justify="right")
-    for name in dict.fromkeys(key.split("/", 1)[1] for key in metrics):
-        cells = [f"{metrics[key]:.4f}" if (key := f"{split}/{name}") in metrics else "" for split in splits]
-        table.add_row(name, *cells)
+def final_table(
+    metrics: Mapping[str, float], modalities: Sequence[str], folder: Path, commands: Mapping[str, str]
+) -> None:
+    """A row a metric: validation, test, test by subset of the modalities; then where things lie and what is next."""
     console = Console(soft_wrap=True, highlight=False)
     console.print()
-    console.print(table)
+    console.print(_table(metrics, list(subsets(modalities))))
     for what in ("metrics.json", "checkpoints/best.ckpt", "model", "report.html", "data_errors.jsonl"):
         if (folder / what).exists():
             console.print(f"{what.split('/')[-1].split('.')[0]:<12}{folder / what}", markup=False)
     for what, line in commands.items():
         console.print(f"{what:<12}{line}", markup=False)
+
+
+def _table(metrics: Mapping[str, float], letters: Sequence[str]) -> Table:
+    names = dict.fromkeys(key.split("/", 1)[1] for key in metrics)
+    # "acc_ti" is "acc" by subset only where there is an "acc".
+    parts = {f"{name}_{letter}" for name in names for letter in letters}
+    whole = [name for name in names if name not in parts]
+    last = "test" if any(key.startswith("test/") for key in metrics) else "val"
+    columns = {split: f"{split}/{{}}" for split in ("val", "test") if any(k.startswith(f"{split}/") for k in metrics)}
+    columns |= {c: f"{last}/{{}}_{c}" for c in letters if any(f"{last}/{name}_{c}" in metrics for name in whole)}
+    table = Table(box=None, pad_edge=False)
+    table.add_column("metric")
+    for title in columns:
+        table.add_column(title, justify="right")
+    for name in whole:
+        found = (metrics.get(key.format(name)) for key in columns.values())
+        table.add_row(name, *("" if value is None else f"{value:.4f}" for value in found))
+    return table
