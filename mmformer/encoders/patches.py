@@ -64,7 +64,7 @@ class LinearPatches(nn.Module):
 
 
 class ConvolutionStem(nn.Module):
-    """A stack of 3 x 3 convolutions with stride 2, each followed by a norm and GELU, then a linear map to `dim`.
+    """A stack of 3 x 3 convolutions with stride 2, each followed by a norm and ReLU, then a linear map to `dim`.
 
     One number in `widths` for each halving. With `num_columns`, that many columns (mel bins after the halvings) are
     joined into one token. Transformers behind such a stem train more easily than behind patches (arXiv 2106.14881).
@@ -78,7 +78,7 @@ class ConvolutionStem(nn.Module):
         for inside, outside in zip([channels, *widths], widths, strict=False):
             self.layers.append(nn.Conv2d(inside, outside, 3, stride=2, padding=1))
             self.layers.append(nn.GroupNorm(1, outside))
-            self.layers.append(nn.GELU())
+            self.layers.append(nn.ReLU())
         self.linear = nn.Linear(widths[-1] * (num_columns or 1), dim)
 
     def grid(self, height: int, width: int) -> Grid:

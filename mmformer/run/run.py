@@ -31,6 +31,7 @@ from mmformer.run.tracking import log_results
 from mmformer.training.checkpointing import clean, load_whole, newest_whole
 from mmformer.training.checkpoints import Checkpoints
 from mmformer.training.interruption import Interrupted
+from mmformer.training.memory import keep_freed_memory
 from mmformer.training.module import Training
 from mmformer.training.precision import check_precision, fast_matmul
 from mmformer.training.quiet import silence
@@ -61,6 +62,8 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(self.folder)
             clean(self.folder / "checkpoints")
+        if config.extras.keep_memory:
+            keep_freed_memory()
         if config.extras.threads:
             torch.set_num_threads(config.extras.threads)
         pl.seed_everything(config.seed, workers=True, verbose=False)
