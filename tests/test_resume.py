@@ -60,6 +60,14 @@ def test_a_kill_in_any_hook_changes_nothing(tmp_path, hook, step):
     assert killed_then_resumed(tmp_path / "killed", case, hook, step) == expected
 
 
+def test_a_kill_in_the_last_validation_changes_nothing(tmp_path):
+    case = CASES[-1]
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    expected, _ = straight(tmp_path / "whole", case)
+    assert killed_then_resumed(tmp_path / "killed", case, "on_validation_start", case.steps) == expected
+
+
 @pytest.mark.parametrize("case", CASES[1:], ids=lambda case: f"workers{case.workers}-{case.workers_after}")
 def test_workers_accumulation_average_and_token_budget(tmp_path, case: Case):
     (tmp_path / "whole").mkdir()

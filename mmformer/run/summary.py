@@ -50,7 +50,7 @@ def _table(metrics: Mapping[str, float], letters: Sequence[str]) -> Table:
     last = "test" if any(key.startswith("test/") for key in metrics) else "val"
     columns = {split: f"{split}/{{}}" for split in ("val", "test") if any(k.startswith(f"{split}/") for k in metrics)}
     columns |= {c: f"{last}/{{}}_{c}" for c in letters if any(f"{last}/{name}_{c}" in metrics for name in whole)}
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("metric")
     for title in columns:
         table.add_column(title, justify="right")

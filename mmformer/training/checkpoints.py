@@ -111,7 +111,9 @@ class Checkpoints(Checkpoint):
         """Validate the last step too, where training ended between two validations."""
         if self._validated_at == trainer.global_step or _is_trial(trainer):
             return
+        module.by_subset = False  # as in the validations of the training, whose rows this one continues
         trainer.validate(module, datamodule=data, verbose=False)
+        module.by_subset = True
         module.record(module.measured, trainer.global_step)
         self._keep_best(trainer)
 

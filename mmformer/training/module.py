@@ -61,6 +61,8 @@ class Training(pl.LightningModule):
         self.average = Average(self._trained(), ema) if ema is not None else None
         self.size = (0, 0, 0)
         """Samples, tokens, and tokens with padding of the last training batch."""
+        self.by_subset = True
+        """Whether an evaluation outside of training judges each subset of the modalities too."""
         self.measured: dict[str, float] = {}
         """The metrics of the last evaluation."""
         self.on_judged: Callable[[str, str, dict[str, Tensor], Batch], None] | None = None
@@ -175,7 +177,7 @@ class Training(pl.LightningModule):
     # ------------------------------------------------------------------ evaluation
 
     def on_validation_epoch_start(self) -> None:
-        self._start(by_subset=self.trainer.state.fn != "fit")
+        self._start(by_subset=self.by_subset and self.trainer.state.fn != "fit")
 
     def on_test_epoch_start(self) -> None:
         self._start(by_subset=True)
