@@ -13,8 +13,8 @@ _LARGEST_MMAP_THRESHOLD = 32 * 2**20
 def keep_freed_memory() -> bool:
     """Let the allocator keep what a step frees for the next step; whether the C library could be told so.
 
-    By default glibc gives tensors of more than a few hundred kilobytes back to the system at once, and every step
-    faults their pages in again: a third of the time of a small model on a CPU.
+    By default glibc gives large blocks back to the system at once, and every step faults their pages in again, which
+    is a good part of the time of a small model on a CPU.
     """
     if not sys.platform.startswith("linux"):
         return False
