@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmformer.nn.transformer import Transformer
-from mmformer.tokens import LATENT, PADDING, Layout, Tokens, merge, modality_id, segments
+from mmformer.tokens import LATENT, PADDING, Layout, Tokens, latent_tokens, merge
 from mmformer.visibility import Visibility
+
+
+class Mark(nn.Module):
+    """Add a learned vector that says which modality a token is of."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.kind = nn.Parameter(torch.randn(dim) * 0.02)
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        return tokens.with_x(tokens.x + self.kind)
 
 
 class Fusion(nn.Module):
@@ -23,10 +34,11 @@ class Fusion(nn.Module):
         concatenation  stream [latent, image, audio, text]
         cross          stream [latent, text], context [image, audio]                      (ALBEF, BLIP)
         latents        stream [latent], context [image, audio, text]                      (Perceiver, Q-Former)
-        bottleneck     stream [latent, ...], visibility sees {image: [image, latent], ..} (MBT, arXiv 2107.00135)
+        bottleneck     stream [latent, ...], transformer's sees {image: [image, latent], ..} (MBT, arXiv 2107.00135)
         late           any stream, no transformer, and a pool that mixes
 
-    `pool` makes the one vector a sample that heads read.
+    `pool` makes the one vector a sample that heads read. `entrances` map a modality's tokens before they join (to
+    `dim` channels, unless they are context of another width); one that is not named gets a `Mark`.
 
     Raises:
         ValueError: latents named without a number or the other way round.
@@ -41,7 +53,7 @@ class Fusion(nn.Module):
         *,
         context: Sequence[str] = (),
         num_latents: int = 0,
-        visibility: Visibility | None = None,
+        entrances: Mapping[str, nn.Module] | None = None,
         sequential: bool = False,
     ):
         super().__init__()
@@ -49,19 +61,23 @@ class Fusion(nn.Module):
             raise ValueError(
                 f"stream {list(stream)} with {num_latents} latents: name {LATENT!r} and give a number above 0"
             )
-        self.dim, self.sequential, self.visibility = dim, sequential, visibility
+        self.dim, self.sequential = dim, sequential
         self.stream, self.context = list(stream), list(context)
         self.latents = nn.Parameter(torch.randn(num_latents, dim) * 0.02) if num_latents else None
-        self.kinds = nn.ParameterDict(
-            {name: torch.randn(dim) * 0.02 for name in [*self.stream, *self.context] if name != LATENT}
+        given = entrances or {}
+        self.entrances = nn.ModuleDict(
+            {name: given.get(name) or Mark(dim) for name in [*self.stream, *self.context] if name != LATENT}
         )
         self.transformer, self.pool = transformer, pool
 
-    def forward(self, encoded: dict[str, Tokens], num_samples: int) -> Tokens:
-        """The mixed stream; samples without any token of it have no segment."""
+    def forward(self, encoded: dict[str, Tokens], num_samples: int, visibility: Visibility | None = None) -> Tokens:
+        """The mixed stream; samples without any token of it have no segment.
+
+        `visibility` adds to the Transformer's own rule: which of the Q-Former's masks, for one.
+        """
         packed = all(t.layout is not None for t in encoded.values())
         streams = [
-            self._latent_tokens(num_samples, packed) if name == LATENT else self._mark(name, encoded[name])
+            self._latents(num_samples, packed) if name == LATENT else self.entrances[name](encoded[name])
             for name in self.stream
             if name == LATENT or name in encoded
         ]
@@ -73,31 +89,17 @@ class Fusion(nn.Module):
         tokens = merge(streams, sequential=self.sequential)
         if self.transformer is None:
             return tokens
-        return self.transformer(tokens, self._context(encoded, tokens), self.visibility)
+        return self.transformer(tokens, self._context(encoded, tokens), visibility)
 
-    def _mark(self, name: str, tokens: Tokens) -> Tokens:
-        return tokens.with_x(tokens.x + self.kinds[name])
-
-    def _latent_tokens(self, num_samples: int, packed: bool) -> Tokens:
+    def _latents(self, num_samples: int, packed: bool) -> Tokens:
         assert self.latents is not None
-        count, device = len(self.latents), self.latents.device
-        shape = (1, num_samples * count) if packed else (num_samples, count)
-        layout = Layout(tuple(range(num_samples)), (count,) * num_samples, num_samples) if packed else None
-        return Tokens(
-            x=self.latents.expand(num_samples, -1, -1).reshape(*shape, self.dim),
-            modality=torch.full(shape, modality_id(LATENT), device=device),
-            position=torch.zeros(*shape, 3, dtype=torch.long, device=device),
-            segment=segments(layout, shape[1], device)
-            if layout
-            else torch.zeros(shape, dtype=torch.long, device=device),
-            layout=layout,
-        )
+        return latent_tokens(self.latents, num_samples, packed)
 
     def _context(self, encoded: dict[str, Tokens], tokens: Tokens) -> Tokens | None:
         """The context in the order of the stream's samples, so that kernels can walk both together."""
         if not self.context:
             return None
-        found = [self._mark(name, encoded[name]) for name in self.context if name in encoded]
+        found = [self.entrances[name](encoded[name]) for name in self.context if name in encoded]
         if not found:
             return _nothing(tokens)
         if tokens.layout is None:

@@ -24,11 +24,38 @@ class Head(nn.Module):
 
 
 class UnitHead(nn.Module):
-    """A linear map to `num_outputs` channels of length 1: an embedding that is compared by its cosine."""
+    """A linear map to `num_outputs` channels of length 1: an embedding that is compared by its cosine.
 
-    def __init__(self, dim: int, num_outputs: int):
+    Without `num_outputs` the vector is only brought to length 1.
+    """
+
+    def __init__(self, dim: int, num_outputs: int | None, bias: bool = False):
         super().__init__()
-        self.out = nn.Linear(dim, num_outputs, bias=False)
+        self.out = nn.Linear(dim, num_outputs, bias=bias) if num_outputs else nn.Identity()
 
     def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N O"]:
         return nn.functional.normalize(self.out(x).float(), dim=-1)
+
+
+class VocabularyHead(nn.Module):
+    """A score for each word of a vocabulary, behind `transform` where there is one (BERT's dense layer and norm).
+
+    `tied` names the encoder whose embedding table the scores share (arXiv 1608.05859); `Model` ties them.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        vocab_size: int,
+        *,
+        transform: nn.Module | None = None,
+        bias: bool = True,
+        tied: str | None = None,
+    ):
+        super().__init__()
+        self.transform = transform or nn.Identity()
+        self.out = nn.Linear(dim, vocab_size, bias=bias)
+        self.tied = tied
+
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
+        return self.out(self.transform(x))

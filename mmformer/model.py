@@ -10,8 +10,10 @@ from torch import Tensor, nn, zeros
 
 from mmformer.batch import Batch
 from mmformer.fusion import Fusion
-from mmformer.pooling import mean_by_sample
+from mmformer.heads import VocabularyHead
+from mmformer.pooling import MeanPool, has_tokens
 from mmformer.tokens import Tokens
+from mmformer.visibility import Visibility
 
 
 class Encoded(dict[str, Tokens]):
@@ -20,7 +22,7 @@ class Encoded(dict[str, Tokens]):
     def __init__(self, tokens: Mapping[str, Tokens], num_samples: int):
         super().__init__(tokens)
         self.num_samples = num_samples
-        self.fused: Tokens | None = None
+        self.fused: dict[Visibility | None, Tokens] = {}
 
     def only(self, modalities: Iterable[str]) -> Encoded:
         """The same samples without the other modalities."""
@@ -44,9 +46,24 @@ class Model(nn.Module):
         self.encoders = nn.ModuleDict(encoders)
         self.fusion = fusion
         self.heads = nn.ModuleDict(heads or {})
-        if fusion is not None and not set(fusion.kinds) <= set(encoders):
-            missing = sorted(set(fusion.kinds) - set(encoders))
+        self._tie()
+        if fusion is not None and not set(fusion.entrances) <= set(encoders):
+            missing = sorted(set(fusion.entrances) - set(encoders))
             raise ValueError(f"the fusion reads {missing} but the encoders are {sorted(encoders)}: add or drop them")
+
+    def _tie(self) -> None:
+        """Let heads over a vocabulary share the table of the embedder they name."""
+        for name, head in self.heads.items():
+            if not isinstance(head, VocabularyHead) or head.tied is None:
+                continue
+            if head.tied not in self.encoders:
+                raise ValueError(
+                    f"head {name!r} is tied to the table of encoder {head.tied!r}, the encoders are "
+                    f"{sorted(self.encoders)}: name one of them, or none (tied: null)"
+                )
+            table = self.encoders.get_submodule(f"{head.tied}.embedder.table")
+            assert isinstance(table, nn.Embedding)
+            head.out.weight = table.weight
 
     def encode(self, batch: Batch) -> Encoded:
         """Tokens of each modality that the batch and the model have."""
@@ -57,18 +74,17 @@ class Model(nn.Module):
         }
         return Encoded(found, len(batch))
 
-    def fuse(self, encoded: Encoded) -> Tokens:
-        """The fused sequence, made once for one `Encoded`.
+    def fuse(self, encoded: Encoded, visibility: Visibility | None = None) -> Tokens:
+        """The fused sequence, made once for one `Encoded` and rule; `visibility` adds to the fusion's own rule.
 
         Raises:
             ValueError: a model without a fusion.
         """
         if self.fusion is None:
             raise ValueError("this model has no fusion: choose one, or let the objective read single modalities")
-        fused = encoded.fused
-        if fused is None:
-            fused = encoded.fused = self.fusion(encoded, encoded.num_samples)
-        return fused
+        if visibility not in encoded.fused:
+            encoded.fused[visibility] = self.fusion(encoded, encoded.num_samples, visibility)
+        return encoded.fused[visibility]
 
     def summary(self, encoded: Encoded, source: str | None = None) -> tuple[Float[Tensor, "N D"], Bool[Tensor, " N"]]:
         """One vector a sample, of the fused sequence or of one modality, and which samples have it."""
@@ -78,7 +94,9 @@ class Model(nn.Module):
             pooled = self.fusion.summary(tokens)
             return pooled, pooled.new_ones(len(pooled)).bool()
         if source in encoded:
-            return mean_by_sample(encoded[source])
+            tokens = encoded[source]
+            pool = getattr(self.encoders[source], "pool", None) or MeanPool()
+            return pool(tokens), has_tokens(tokens)
         parameter = next(self.parameters())
         dim = next(iter(encoded.values())).x.shape[-1] if encoded else parameter.shape[-1]
         return parameter.new_zeros(encoded.num_samples, dim), zeros(

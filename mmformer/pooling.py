@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mmformer.tokens import Tokens, modality_id
+from mmformer.tokens import Tokens, is_one_of
 
 
 def mean_by_sample(
@@ -17,10 +18,7 @@ def mean_by_sample(
     """The mean of each sample's tokens, of the named modalities or all, and which samples have any; zeros elsewhere."""
     chosen = tokens.valid
     if modalities is not None:
-        named = torch.zeros_like(chosen)
-        for name in modalities:
-            named = named | (tokens.modality == modality_id(name))
-        chosen = chosen & named
+        chosen = chosen & is_one_of(tokens, modalities)
     weight = chosen.to(tokens.x.dtype)
     if tokens.layout is None:
         total = (tokens.x * weight[..., None]).sum(1)
@@ -42,6 +40,52 @@ class MeanPool(nn.Module):
 
     def forward(self, tokens: Tokens) -> Float[Tensor, "N D"]:
         return mean_by_sample(tokens, self.modalities)[0]
+
+
+def has_tokens(tokens: Tokens) -> Bool[Tensor, " N"]:
+    """Which samples have any token."""
+    if tokens.layout is None:
+        return tokens.valid.any(1)
+    found = torch.zeros(tokens.num_samples, dtype=torch.bool)
+    found[list(tokens.layout.samples)] = True
+    return found.to(tokens.x.device, non_blocking=True)
+
+
+class FirstPool(nn.Module):
+    """The mean of a sample's first `count` tokens: its class token, or AST's and DeiT's two; zeros without tokens."""
+
+    def __init__(self, count: int = 1):
+        super().__init__()
+        self.count = count
+
+    def forward(self, tokens: Tokens) -> Float[Tensor, "N D"]:
+        return torch.stack([_at(tokens, place) for place in range(self.count)]).mean(0)
+
+
+class LastPool(nn.Module):
+    """A sample's last token: the end of a text that was read causally (CLIP, GPT); zeros without tokens."""
+
+    def forward(self, tokens: Tokens) -> Float[Tensor, "N D"]:
+        return _at(tokens, -1)
+
+
+def _at(tokens: Tokens, place: int) -> Float[Tensor, "N D"]:
+    """The token at one place of each sample, counted from the end where it is negative."""
+    out = tokens.x.new_zeros(tokens.num_samples, tokens.x.shape[-1])
+    if tokens.layout is None:
+        count = tokens.valid.sum(1)
+        index = (place if place >= 0 else count + place) * torch.ones_like(count)
+        row = tokens.x.gather(1, index.clamp(0, tokens.x.shape[1] - 1)[:, None, None].expand(-1, 1, tokens.x.shape[2]))
+        return torch.where((count > index.clamp(min=0))[:, None], row[:, 0], out)
+    layout = tokens.layout
+    starts, lengths = layout.offsets[:-1], np.asarray(layout.lengths, dtype=np.int64)
+    whole = lengths > (place if place >= 0 else -place - 1)
+    # A sample with several segments: the first one's start or the last one's end, the other being overwritten.
+    order = np.flatnonzero(whole)[:: -1 if place >= 0 else 1]
+    chosen = {layout.samples[i]: int(starts[i] + (place if place >= 0 else lengths[i] + place)) for i in order}
+    samples, index = torch.tensor(list(chosen)), torch.tensor(list(chosen.values()), dtype=torch.long)
+    device = tokens.x.device
+    return out.index_copy(0, samples.to(device), tokens.x[0].index_select(0, index.to(device))) if chosen else out
 
 
 class _ByModality(nn.Module):

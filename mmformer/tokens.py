@@ -91,11 +91,34 @@ class Tokens:
         return out.to(self.x.device, non_blocking=True)
 
 
+def is_one_of(tokens: Tokens, modalities: Sequence[str]) -> Bool[Tensor, "B T"]:
+    """Which tokens are of the named modalities."""
+    found = torch.zeros_like(tokens.modality, dtype=torch.bool)
+    for name in modalities:
+        found = found | (tokens.modality == modality_id(name))
+    return found
+
+
 def segments(layout: Layout, width: int, device: torch.device) -> Int[Tensor, "1 T"]:
     """The `segment` field of a packed row of `width` tokens."""
     out = np.full(width, PADDING, dtype=np.int64)
     out[: layout.total] = np.repeat(np.arange(len(layout.lengths)), layout.lengths)
     return torch.from_numpy(out)[None].to(device, non_blocking=True)
+
+
+def latent_tokens(vectors: Float[Tensor, "K D"], num_samples: int, packed: bool) -> Tokens:
+    """The same K learned vectors for every sample."""
+    count, device = len(vectors), vectors.device
+    shape = (1, num_samples * count) if packed else (num_samples, count)
+    layout = Layout(tuple(range(num_samples)), (count,) * num_samples, num_samples) if packed else None
+    owner = torch.zeros(shape, dtype=torch.long, device=device)
+    return Tokens(
+        x=vectors.expand(num_samples, -1, -1).reshape(*shape, vectors.shape[1]),
+        modality=torch.full(shape, modality_id(LATENT), device=device),
+        position=torch.zeros(*shape, 3, dtype=torch.long, device=device),
+        segment=segments(layout, shape[1], device) if layout else owner,
+        layout=layout,
+    )
 
 
 def _spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

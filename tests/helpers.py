@@ -12,7 +12,7 @@ from mmformer.encoders import Encoder, TextEmbedder, image_patches, mel_patches
 from mmformer.fusion import Fusion
 from mmformer.heads import Head
 from mmformer.model import Model
-from mmformer.nn import Attention, Block, LearnedGrid, Rotary, Sinusoid, Transformer, cross_attention
+from mmformer.nn import Attention, Block, CrossAttention, LearnedGrid, Rotary, Sinusoid, Transformer
 from mmformer.pooling import MeanPool
 from mmformer.tokens import Layout, Tokens, modality_id, segments
 
@@ -73,12 +73,12 @@ def random_batch(size: int = 14, seed: int = 0, subsets=tuple(SUBSETS)) -> Batch
     )
 
 
-def small_model(kind: str = "concatenation", dim: int = 24, **fusion) -> Model:
+def small_model(kind: str = "concatenation", dim: int = 24, visibility=None, **fusion) -> Model:
     """A model of all three modalities, all parameters scrambled."""
     attention = partial(Attention, num_heads=3, num_kv_heads=1, rotary=Rotary)
     layer = partial(Block, attention=attention)
     if kind in ("cross", "perceiver"):
-        layer = partial(Block, attention=attention, cross=partial(cross_attention, num_heads=2))
+        layer = partial(Block, attention=attention, cross=partial(CrossAttention, num_heads=2))
     options: dict = {
         "concatenation": {"stream": ["latent", "image", "audio", "text"], "num_latents": 1},
         "cross": {"stream": ["latent", "text"], "context": ["image", "audio"], "num_latents": 1},
@@ -89,7 +89,8 @@ def small_model(kind: str = "concatenation", dim: int = 24, **fusion) -> Model:
         "image": Encoder(image_patches(dim, 4, 3, partial(LearnedGrid, num_positions=8))),
         "audio": Encoder(mel_patches(dim, 5, 4, Sinusoid)),
     }
-    fusion_part = Fusion(dim, transformer=Transformer(dim, 2, [layer]), pool=MeanPool(["latent"]), **options)
+    transformer = Transformer(dim, 2, [layer], visibility=visibility)
+    fusion_part = Fusion(dim, transformer=transformer, pool=MeanPool(["latent"]), **options)
     model = Model(encoders, fusion_part, {"answer": Head(dim, 7)})
     scramble(model)
     return model

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmformer.batch import Ragged
 from mmformer.encoders.encoder import packed
-from mmformer.encoders.patches import ConvolutionStem, LinearPatches, Normalize, PlaneEmbedder
+from mmformer.encoders.patches import ClassTokens, ConvolutionStem, LinearPatches, Normalize, PlaneEmbedder
 from mmformer.tokens import Layout, Tokens
 
 
@@ -22,7 +22,7 @@ def mel_patches(
     position: Callable[[int], nn.Module] | None = None,
     *,
     mels: int | None = None,
-    num_class_tokens: int = 0,
+    class_tokens: Callable[[int], ClassTokens] | None = None,
     modality: str = "audio",
 ) -> PlaneEmbedder:
     """Patches of `frames` x `mels` of a log-mel spectrogram (AST, arXiv 2104.01778); `mels` defaults to all of them."""
@@ -33,7 +33,7 @@ def mel_patches(
         modality=modality,
         axes=("time", "column"),
         position=position,
-        num_class_tokens=num_class_tokens,
+        class_tokens=class_tokens,
     )
 
 
@@ -43,7 +43,7 @@ def mel_convolutions(
     widths: Sequence[int],
     position: Callable[[int], nn.Module] | None = None,
     *,
-    num_class_tokens: int = 0,
+    class_tokens: Callable[[int], ClassTokens] | None = None,
     modality: str = "audio",
 ) -> PlaneEmbedder:
     """A convolution stem over a log-mel spectrogram; one token for each 2 ** len(widths) frames."""
@@ -55,7 +55,7 @@ def mel_convolutions(
         modality=modality,
         axes=("time", "column"),
         position=position,
-        num_class_tokens=num_class_tokens,
+        class_tokens=class_tokens,
     )
 
 

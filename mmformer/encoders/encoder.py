@@ -13,12 +13,16 @@ from mmformer.tokens import Layout, Tokens, modality_id, segments
 
 
 class Encoder(nn.Module):
-    """Raw items of one modality to tokens."""
+    """Raw items of one modality to tokens.
 
-    def __init__(self, embedder: nn.Module, stages: Sequence[nn.Module] = ()):
+    `pool` makes the one vector a sample that heads read which look at this modality alone; the mean where not given.
+    """
+
+    def __init__(self, embedder: nn.Module, stages: Sequence[nn.Module] = (), pool: nn.Module | None = None):
         super().__init__()
         self.embedder = embedder
         self.stages = nn.ModuleList(stages)
+        self.pool = pool
 
     def forward(self, items: Ragged, num_samples: int) -> Tokens:
         tokens = self.embedder(items, num_samples)

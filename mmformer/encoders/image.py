@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from mmformer.encoders.patches import ConvolutionStem, LinearPatches, Normalize, PlaneEmbedder
+from mmformer.encoders.patches import ClassTokens, ConvolutionStem, LinearPatches, Normalize, PlaneEmbedder
 
 
 def image_patches(
@@ -17,7 +17,7 @@ def image_patches(
     *,
     mean: Sequence[float] = (0.5,),
     std: Sequence[float] = (0.25,),
-    num_class_tokens: int = 0,
+    class_tokens: Callable[[int], ClassTokens] | None = None,
     modality: str = "image",
 ) -> PlaneEmbedder:
     """Square patches of pictures of any size and aspect ratio.
@@ -31,7 +31,7 @@ def image_patches(
         modality=modality,
         axes=("row", "column"),
         position=position,
-        num_class_tokens=num_class_tokens,
+        class_tokens=class_tokens,
     )
 
 
@@ -43,7 +43,7 @@ def image_convolutions(
     *,
     mean: Sequence[float] = (0.5,),
     std: Sequence[float] = (0.25,),
-    num_class_tokens: int = 0,
+    class_tokens: Callable[[int], ClassTokens] | None = None,
     modality: str = "image",
 ) -> PlaneEmbedder:
     """A convolution stem, halving the picture once for each of `widths`; mean and std as in `image_patches`."""
@@ -54,7 +54,7 @@ def image_convolutions(
         modality=modality,
         axes=("row", "column"),
         position=position,
-        num_class_tokens=num_class_tokens,
+        class_tokens=class_tokens,
     )
 
 

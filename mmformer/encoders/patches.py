@@ -35,10 +35,10 @@ class Normalize(nn.Module):
 class LinearPatches(nn.Module):
     """Cut a plane into patches of `size` and map each linearly (ViT, arXiv 2010.11929)."""
 
-    def __init__(self, dim: int, channels: int, size: Grid):
+    def __init__(self, dim: int, channels: int, size: Grid, bias: bool = True):
         super().__init__()
         self.size = tuple(size)
-        self.linear = nn.Linear(size[0] * size[1] * channels, dim)
+        self.linear = nn.Linear(size[0] * size[1] * channels, dim, bias=bias)
 
     def grid(self, height: int, width: int) -> Grid:
         """Patches down and across a plane.
@@ -61,6 +61,29 @@ class LinearPatches(nn.Module):
         (p, q), (rows, columns) = self.size, self.grid(height, width)
         cells = plane.view(n, rows, p, columns, q, channels).permute(0, 1, 3, 2, 4, 5)
         return cells.reshape(n * rows * columns, p * q * channels)
+
+
+class StridedPatches(nn.Module):
+    """Patches of `size` that overlap or leave gaps, one every `stride` (AST, arXiv 2104.01778)."""
+
+    def __init__(self, dim: int, channels: int, size: Grid, stride: Grid):
+        super().__init__()
+        self.convolution = nn.Conv2d(channels, dim, (size[0], size[1]), (stride[0], stride[1]))
+
+    def grid(self, height: int, width: int) -> Grid:
+        """Patches down and across a plane.
+
+        Raises:
+            ValueError: a plane smaller than one patch.
+        """
+        (p, q), (down, across) = self.convolution.kernel_size, self.convolution.stride
+        if height < p or width < q:
+            raise ValueError(f"an item of {height} x {width} is smaller than a patch of {p} x {q}: make it larger")
+        return (height - p) // down + 1, (width - q) // across + 1
+
+    def forward(self, planes: list[Float[Tensor, "_ _ _ C"]]) -> Float[Tensor, "T D"]:
+        cells = [self.convolution(plane.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) for plane in planes]
+        return torch.cat([cell.flatten(0, 2) for cell in cells])
 
 
 class ConvolutionStem(nn.Module):
@@ -94,29 +117,40 @@ class ConvolutionStem(nn.Module):
         return out.flatten(0, 2) if self.num_columns is None else out.flatten(2).flatten(0, 1)
 
 
+class ClassTokens(nn.Module):
+    """`count` learned vectors that go in front of every item, with positions of their own if wanted (ViT)."""
+
+    def __init__(self, dim: int, count: int, positions: bool = False):
+        super().__init__()
+        self.tokens = nn.Parameter(torch.randn(count, dim) * 0.02)
+        self.positions = nn.Parameter(torch.randn(count, dim) * 0.02) if positions else None
+
+    def forward(self) -> Float[Tensor, "K D"]:
+        return self.tokens if self.positions is None else self.tokens + self.positions
+
+
 class PlaneEmbedder(nn.Module):
     """Items with two axes, a picture (height, width, C) or a spectrogram (frames, mels), to tokens.
 
     `stem` turns planes into vectors; `axes` names the two axes of a position that the grid's rows and columns fill.
-    `num_class_tokens` learned vectors go in front of every item.
     """
 
     def __init__(
         self,
         dim: int,
-        stem: LinearPatches | ConvolutionStem,
+        stem: LinearPatches | StridedPatches | ConvolutionStem,
         normalize: nn.Module,
         *,
         modality: str,
         axes: tuple[str, str],
         position: Callable[[int], nn.Module] | None = None,
-        num_class_tokens: int = 0,
+        class_tokens: Callable[[int], ClassTokens] | None = None,
     ):
         super().__init__()
         self.modality, self.axes = modality, [AXES[axis] for axis in axes]
         self.stem, self.normalize = stem, normalize
         self.position = position(dim) if position else None
-        self.class_tokens = nn.Parameter(torch.randn(num_class_tokens, dim) * 0.02) if num_class_tokens else None
+        self.class_tokens = class_tokens(dim) if class_tokens else None
 
     def forward(self, items: Ragged, num_samples: int) -> Tokens:
         planes = [self.normalize(_as_planes(group)) for group in items.groups()]
@@ -146,7 +180,8 @@ class PlaneEmbedder(nn.Module):
         self, x: Float[Tensor, "T D"], position: Int[Tensor, "T 3"], lengths: list[int]
     ) -> tuple[Float[Tensor, "U D"], Int[Tensor, "U 3"], list[int]]:
         assert self.class_tokens is not None
-        extra, place = self.class_tokens.to(x.dtype), position.new_zeros(self.class_tokens.shape[0], 3)
+        extra = self.class_tokens().to(x.dtype)
+        place = position.new_zeros(len(extra), 3)
         parts = [part for item in x.split(lengths) for part in (extra, item)]
         places = [part for item in position.split(lengths) for part in (place, item)]
         return torch.cat(parts), torch.cat(places), [length + len(extra) for length in lengths]

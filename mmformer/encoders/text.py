@@ -16,18 +16,27 @@ from mmformer.tokens import Layout, Tokens
 class TextEmbedder(nn.Module):
     """Look up a vector for each id; `position` adds where it stands (leave it out for rotary attention).
 
+    `num_types` vectors tell kinds of text apart (BERT's two sentences); all that is read here is of the first kind.
+
     Raises:
         IndexError: an id outside the vocabulary.
     """
 
     def __init__(
-        self, dim: int, vocab_size: int, position: Callable[[int], nn.Module] | None = None, modality: str = "text"
+        self,
+        dim: int,
+        vocab_size: int,
+        position: Callable[[int], nn.Module] | None = None,
+        *,
+        num_types: int = 0,
+        modality: str = "text",
     ):
         super().__init__()
         self.modality = modality
         self.table = nn.Embedding(vocab_size, dim)
         nn.init.normal_(self.table.weight, std=0.02)
         self.position = position(dim) if position else None
+        self.types = nn.Parameter(torch.randn(num_types, dim) * 0.02) if num_types else None
 
     def forward(self, items: Ragged, num_samples: int) -> Tokens:
         lengths = tuple(shape[0] for shape in items.shapes)
@@ -36,6 +45,8 @@ class TextEmbedder(nn.Module):
         place[:, 0] = np.arange(layout.total) - np.repeat(layout.offsets[:-1], lengths)
         position = torch.from_numpy(place).to(items.values.device, non_blocking=True)
         x = self.table(items.values)
+        if self.types is not None:
+            x = x + self.types[0]
         if self.position is not None:
             x = x + self.position(position)
         return packed(x, position, self.modality, layout)

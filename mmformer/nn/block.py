@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mmformer.tokens import Tokens, modality_id
+from mmformer.nn.experts import apply
+from mmformer.tokens import Tokens, is_one_of
 from mmformer.visibility import Sights
+
+NormFactory = Callable[[int], nn.Module]
 
 
 class FeedForward(nn.Module):
@@ -31,8 +34,8 @@ class FeedForward(nn.Module):
         self.activation = activation()
         self.down = nn.Linear(hidden, dim, bias=bias)
 
-    def forward(self, tokens: Tokens) -> Float[Tensor, "B T D"]:
-        hidden = self.up(tokens.x)
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        hidden = self.up(x)
         if self.gated:
             gate, value = hidden.chunk(2, -1)
             return self.down(self.activation(gate) * value)
@@ -42,9 +45,10 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Self-attention, cross-attention and a feed-forward map, each in a residual branch with its own norm.
 
-    A part that is None is left out. Each part is a factory called with `dim`. `post_norm` normalises after the
-    residual sum (BERT) rather than before the branch. `cross_for` keeps cross-attention to the tokens of the named
-    modalities (Q-Former's latents).
+    A part that is None is left out. Each part is a factory called with `dim`; `norm` is one for all branches, or one
+    for each of "attention", "cross" and "feedforward". `post_norm` normalises after the residual sum (BERT) rather
+    than before the branch. `cross_for` keeps cross-attention to the tokens of the named modalities (Q-Former's
+    latents).
     """
 
     def __init__(
@@ -54,20 +58,21 @@ class Block(nn.Module):
         attention: Callable[[int], nn.Module] | None = None,
         cross: Callable[[int], nn.Module] | None = None,
         feedforward: Callable[[int], nn.Module] | None = FeedForward,
-        norm: Callable[[int], nn.Module] = nn.LayerNorm,
+        norm: NormFactory | Mapping[str, NormFactory] = nn.LayerNorm,
         post_norm: bool = False,
         dropout: float = 0.0,
         cross_for: Sequence[str] | None = None,
     ):
         super().__init__()
+        norms = norm if isinstance(norm, Mapping) else dict.fromkeys(("attention", "cross", "feedforward"), norm)
         self.post_norm = post_norm
-        self.cross_for = None if cross_for is None else [modality_id(name) for name in cross_for]
+        self.cross_for = None if cross_for is None else list(cross_for)
         self.attention = attention(dim) if attention else None
-        self.attention_norm = norm(dim) if attention else None
+        self.attention_norm = norms["attention"](dim) if attention else None
         self.cross = cross(dim) if cross else None
-        self.cross_norm = norm(dim) if cross else None
+        self.cross_norm = norms["cross"](dim) if cross else None
         self.feedforward = feedforward(dim) if feedforward else None
-        self.feedforward_norm = norm(dim) if feedforward else None
+        self.feedforward_norm = norms["feedforward"](dim) if feedforward else None
         self.dropout = nn.Dropout(dropout) if dropout else None
 
     def forward(self, tokens: Tokens, context: Tokens | None, sights: Sights, cross_sights: Sights | None) -> Tokens:
@@ -75,27 +80,31 @@ class Block(nn.Module):
             attention = self.attention
             tokens = self._residual(tokens, self.attention_norm, lambda t: attention(t, None, sights))
         if self.cross is not None and self.cross_norm is not None:
-            if context is None or cross_sights is None:
-                raise ValueError("a layer with cross-attention needs a context: name its modalities in fusion.context")
-            tokens = self._residual(tokens, self.cross_norm, lambda t: self._cross(t, context, cross_sights))
+            tokens = self._cross(tokens, context, cross_sights)
         if self.feedforward is not None and self.feedforward_norm is not None:
-            tokens = self._residual(tokens, self.feedforward_norm, self.feedforward)
+            feedforward = self.feedforward
+            tokens = self._residual(tokens, self.feedforward_norm, lambda t: apply(feedforward, t))
         return tokens
 
     def _residual(self, tokens: Tokens, norm: nn.Module, branch: Callable[[Tokens], Tensor]) -> Tokens:
         if self.post_norm:
-            return tokens.with_x(norm(tokens.x + self._drop(branch(tokens))))
-        return tokens.with_x(tokens.x + self._drop(branch(tokens.with_x(norm(tokens.x)))))
+            return tokens.with_x(apply(norm, tokens.with_x(tokens.x + self._drop(branch(tokens)))))
+        return tokens.with_x(tokens.x + self._drop(branch(tokens.with_x(apply(norm, tokens)))))
 
     def _drop(self, x: Tensor) -> Tensor:
         return x if self.dropout is None else self.dropout(x)
 
-    def _cross(self, tokens: Tokens, context: Tokens, sights: Sights) -> Float[Tensor, "B T D"]:
-        assert self.cross is not None
-        gathered = self.cross(tokens, context, sights)
+    def _cross(self, tokens: Tokens, context: Tokens | None, sights: Sights | None) -> Tokens:
+        if context is None or sights is None:
+            raise ValueError("a layer with cross-attention needs a context: name its modalities in fusion.context")
+        cross, norm = self.cross, self.cross_norm
+        assert cross is not None
+        assert norm is not None
+        out = self._residual(tokens, norm, lambda t: cross(t, context, sights))
         if self.cross_for is None:
-            return gathered
-        chosen = torch.zeros_like(tokens.modality, dtype=torch.bool)
-        for number in self.cross_for:
-            chosen = chosen | (tokens.modality == number)
-        return torch.where(chosen[..., None], gathered, 0)
+            return out
+        return tokens.with_x(torch.where(self._crosses(tokens)[..., None], out.x, tokens.x))
+
+    def _crosses(self, tokens: Tokens) -> Bool[Tensor, "B T"]:
+        assert self.cross_for is not None
+        return is_one_of(tokens, self.cross_for)

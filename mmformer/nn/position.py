@@ -15,18 +15,20 @@ AXES = {"time": 0, "row": 1, "column": 2}
 class Learned(nn.Module):
     """A learned vector for each place on one axis of the position; places past the last share it.
 
+    The first `offset` vectors belong to no place (2 in RoBERTa and OPT).
+
     Raises:
         ValueError: an axis that is not time, row or column.
     """
 
-    def __init__(self, dim: int, num_positions: int, axis: str = "time"):
+    def __init__(self, dim: int, num_positions: int, axis: str = "time", offset: int = 0):
         super().__init__()
-        self.axis = _axis(axis)
+        self.axis, self.offset = _axis(axis), offset
         self.table = nn.Embedding(num_positions, dim)
         nn.init.normal_(self.table.weight, std=0.02)
 
     def forward(self, position: Int[Tensor, "*B 3"]) -> Float[Tensor, "*B D"]:
-        return self.table(position[..., self.axis].clamp(0, self.table.num_embeddings - 1))
+        return self.table((position[..., self.axis] + self.offset).clamp(0, self.table.num_embeddings - 1))
 
 
 class LearnedGrid(nn.Module):
@@ -38,6 +40,23 @@ class LearnedGrid(nn.Module):
 
     def forward(self, position: Int[Tensor, "*B 3"]) -> Float[Tensor, "*B D"]:
         return torch.stack([part(position) for part in self.parts]).sum(0)
+
+
+class GridTable(nn.Module):
+    """A learned vector for each cell of a grid of a fixed size (ViT, arXiv 2010.11929).
+
+    Raises:
+        IndexError: a place outside the grid.
+    """
+
+    def __init__(self, dim: int, rows: int, columns: int, axes: Sequence[str] = ("row", "column")):
+        super().__init__()
+        self.axes = [_axis(axis) for axis in axes]
+        self.table = nn.Parameter(torch.randn(rows, columns, dim) * 0.02)
+
+    def forward(self, position: Int[Tensor, "*B 3"]) -> Float[Tensor, "*B D"]:
+        row, column = (position[..., axis] for axis in self.axes)
+        return self.table[row, column]
 
 
 class Sinusoid(nn.Module):

@@ -74,10 +74,10 @@ def test_tied_weights_are_stored_once_and_come_back(tmp_path):
     # Tied after it was built, and a view of a larger memory: neither may stop the file from being written.
     model.encoders["audio"].embedder.position = model.encoders["text"].embedder.position
     model.heads["label"].out.weight = torch.nn.Parameter(torch.randn(9, 24)[:7])
-    model.fusion.kinds["image"] = model.fusion.kinds["audio"]
+    model.fusion.entrances["image"] = model.fusion.entrances["audio"]
     save_model(tmp_path / "model", model, config)
     stored = load_file(tmp_path / "model" / "model.safetensors")
-    assert ("model.fusion.kinds.audio" in stored) != ("model.fusion.kinds.image" in stored)
+    assert ("model.fusion.entrances.audio.kind" in stored) != ("model.fusion.entrances.image.kind" in stored)
     loaded = load_model(tmp_path / "model").model
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmformer.nn import Attention, Block, FeedForward, Rotary, Transformer, cross_attention
+from mmformer.nn import Attention, Block, CrossAttention, FeedForward, Rotary, Transformer
 from mmformer.tokens import LATENT, merge, to_padded
 from mmformer.visibility import Visibility
 from tests.helpers import packed_tokens, scramble
@@ -14,7 +14,7 @@ LAYERS = {
     "pre-norm": partial(Block, attention=ATTENTION),
     "post-norm": partial(Block, attention=ATTENTION, post_norm=True),
     "rms-gated": partial(Block, attention=ATTENTION, norm=nn.RMSNorm, feedforward=partial(FeedForward, gated=True)),
-    "crossing": partial(Block, attention=ATTENTION, cross=partial(cross_attention, num_heads=2, context_dim=12)),
+    "crossing": partial(Block, attention=ATTENTION, cross=partial(CrossAttention, num_heads=2, context_dim=12)),
 }
 
 
@@ -70,7 +70,7 @@ def test_layers_of_a_pattern_alternate_and_start_different():
 
 
 def test_cross_attention_can_be_kept_to_some_modalities():
-    layer = Block(16, cross=partial(cross_attention, num_heads=2, context_dim=12), cross_for=[LATENT], feedforward=None)
+    layer = Block(16, cross=partial(CrossAttention, num_heads=2, context_dim=12), cross_for=[LATENT], feedforward=None)
     model = scramble(Transformer(16, 0, []))
     model.layers.append(scramble(layer))
     model.norm = nn.Identity()
