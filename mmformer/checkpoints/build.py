@@ -13,6 +13,7 @@ from typing import Any
 
 PARTS = (
     "mmformer.batch",
+    "mmformer.codec",
     "mmformer.datasets",
     "mmformer.encoders",
     "mmformer.fusion",

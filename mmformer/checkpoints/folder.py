@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from mmformer.checkpoints.build import build
 from mmformer.datasets.tokenizers import Tokenizer
+from mmformer.encoders.wrap import standalone
 from mmformer.model import Model
 from mmformer.objectives.objective import Objective
 
@@ -64,6 +65,7 @@ def save_model(
     if objectives and set(objectives) != set(config.get("objectives") or {}):
         described = sorted(config.get("objectives") or {})
         raise ValueError(f"objectives {sorted(objectives)}, but config['objectives'] describes {described}")
+    config = {**config, "model": standalone(config["model"], model)}
     tensors, tied = _untie(_state(model, objectives or {}))
     text = _to_json({"format": FORMAT, "mmformer": _version(), **config})
     with _replacing(folder) as temporary:
@@ -94,7 +96,7 @@ def load_model(folder: Path | str, allow: Sequence[str] = (), trust: bool = Fals
         ValueError: a file was changed since it was saved, does not fit the others or names a foreign part.
     """
     folder = _present(Path(folder))
-    _verify(folder)
+    verify(folder)
     config = _read_config(folder / CONFIG)
     origin = str(folder / CONFIG)
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and then overwritten
@@ -175,7 +177,7 @@ def _present(folder: Path) -> Path:
     raise FileNotFoundError(f"{folder} is missing: give the folder of a run that was trained to its end, or its model/")
 
 
-def _verify(folder: Path) -> None:
+def verify(folder: Path) -> None:
     """Compare every file with the checksum that was written beside it."""
     sums = folder / SUMS
     if not sums.is_file():

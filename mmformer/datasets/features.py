@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from mmformer.datasets.decode import audio_length, decode_audio, decode_image, image_size
+from mmformer.datasets.resize import Step
 from mmformer.datasets.sources import DecodeError
-from mmformer.datasets.tokenizers import BOS, EOS, Tokenizer
+from mmformer.datasets.tokenizers import Tokenizer
 
 _FLOOR = 1e-6
 
@@ -45,23 +49,45 @@ class Feature(Protocol):
 
 @dataclass(frozen=True)
 class Text:
-    """A text to token ids, at most `max_length` of them, between a begin and an end token if wanted."""
+    """A text to at most `max_length` token ids; a longer one loses its end, but none of what is put around it.
+
+    `begin` and `end` put around it what the tokenizer has for that, `pad` fills it up to `max_length`: what fills are
+    tokens like others, as SigLIP was trained.
+
+    Raises:
+        ValueError: the tokenizer has no such special token, or they leave no room for a text.
+    """
 
     tokenizer: Tokenizer
     max_length: int
     begin: bool = False
     end: bool = False
+    pad: bool = False
 
     from_file: ClassVar[bool] = False
     feature_dims: ClassVar[int] = 0
 
+    def __post_init__(self) -> None:
+        specials = self.tokenizer.specials
+        has = {"begin": bool(specials.begin), "end": bool(specials.end), "pad": specials.pad is not None}
+        if lacking := [name for name, there in has.items() if getattr(self, name) and not there]:
+            raise ValueError(
+                f"{lacking[0]}=true, but this tokenizer has no token for it: leave it out, or name one where it is read"
+            )
+        if self._room < 1:
+            raise ValueError(f"max_length {self.max_length} leaves no room between the special tokens: give more")
+
     def __call__(self, value: Any) -> Int[Tensor, " length"]:
         if not isinstance(value, str):
             raise DecodeError(f"a {type(value).__name__}, not a text")
-        ids = self.tokenizer.encode(value)[: self.max_length - self.begin - self.end]
+        ids = self.tokenizer.encode(value)[: self._room]
         if not ids:
             raise DecodeError("no token: the text is empty or white space")
-        return torch.tensor([BOS] * self.begin + ids + [EOS] * self.end)
+        before, behind = self._around
+        ids = [*before, *ids, *behind]
+        if self.pad:
+            ids += [self.tokenizer.specials.pad] * (self.max_length - len(ids))
+        return torch.tensor(ids)
 
     def shape(self, value: Any) -> tuple[int, ...]:
         return tuple(self(value).shape)
@@ -69,79 +95,109 @@ class Text:
     def tokens(self, shape: tuple[int, ...]) -> int:
         return shape[0]
 
+    @property
+    def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        specials = self.tokenizer.specials
+        return specials.begin if self.begin else (), specials.end if self.end else ()
+
+    @property
+    def _room(self) -> int:
+        return self.max_length - sum(map(len, self._around))
+
 
 @dataclass(frozen=True)
 class Picture:
     """A picture to (height, width, channels) uint8.
 
-    `size` makes it a square of that side, cut from the middle when `crop`, squeezed otherwise. Without, it keeps its
-    shape: the shorter side becomes `short`, and the longer is at most `longest`, each where given. The sides are
-    then rounded to a `multiple`, the patch size. A picture of more than `max_pixels` is refused unread.
+    It keeps its shape: the shorter side becomes `short`, and the longer is at most `longest`, each where given; the
+    sides are then rounded to a `multiple`, the patch size. Before that come the `steps` of published weights, such as
+    `ShortestSide(224)` and `CentreCrop(224, 224)`. A picture of more than `max_pixels` is refused unread.
     """
 
-    size: int | None = None
     short: int | None = None
     longest: int | None = None
     multiple: int = 1
     channels: int = 3
-    crop: bool = True
+    steps: Sequence[Step] = ()
     max_pixels: int = 50_000_000
 
     from_file: ClassVar[bool] = True
     feature_dims: ClassVar[int] = 1
 
     def __call__(self, value: Any) -> UInt8[Tensor, "height width channels"]:
-        wanted = min(self._resized(*image_size(value, self.max_pixels)))
-        # A margin of two keeps what the decoder's own reduction loses out of sight, as Pillow's thumbnails do.
-        picture = decode_image(value, self.max_pixels, 2 * wanted, self.channels)
+        size = image_size(value, self.max_pixels)
+        # A margin of two keeps what the decoder's own reduction loses out of sight, as Pillow's thumbnails do; the
+        # steps of published weights had the whole picture.
+        reduce_to = None if self.steps else 2 * min(self._resized(*size))
+        picture = decode_image(value, self.max_pixels, reduce_to, self.channels)
+        if self.steps:
+            picture = self._step(picture)
         height, width = self._resized(*picture.shape[:2])
         if (height, width) != tuple(picture.shape[:2]):
             planes = picture.permute(2, 0, 1)[None]
             planes = F.interpolate(planes, (height, width), mode="bicubic", antialias=True, align_corners=False)
             picture = planes[0].permute(1, 2, 0)
-        if self.size is not None:
-            top, left = (height - self.size) // 2, (width - self.size) // 2
-            picture = picture[top : top + self.size, left : left + self.size]
         return picture.contiguous()
 
     def shape(self, value: Any) -> tuple[int, ...]:
-        height, width = self._resized(*image_size(value, self.max_pixels))
-        return (height, width) if self.size is None else (self.size, self.size)
+        return self._resized(*self._stepped(*image_size(value, self.max_pixels)))
 
     def tokens(self, shape: tuple[int, ...]) -> int:
         return math.prod(-(-side // self.multiple) for side in shape)
 
+    def _step(self, picture: UInt8[Tensor, "height width channels"]) -> UInt8[Tensor, "h w channels"]:
+        self._stepped(*picture.shape[:2])
+        pixels = picture.numpy()
+        image = Image.fromarray(pixels[..., 0] if self.channels == 1 else pixels)
+        for step in self.steps:
+            image = step(image)
+        found = torch.from_numpy(np.array(image))
+        return found[..., None] if self.channels == 1 else found
+
+    def _stepped(self, height: int, width: int) -> tuple[int, int]:
+        """The size behind the steps, none of which may blow a picture up."""
+        for step in self.steps:
+            height, width = self._checked((height, width), step.size(height, width))
+        return height, width
+
     def _resized(self, height: int, width: int) -> tuple[int, int]:
-        """What a picture is resized to; a square is cut from it afterwards."""
-        if self.size is not None and not self.crop:
-            return self.size, self.size
-        short = self.size or self.short
-        scale = short / min(height, width) if short else 1.0
-        if self.longest and self.size is None:
+        scale = self.short / min(height, width) if self.short else 1.0
+        if self.longest:
             scale = min(scale, self.longest / max(height, width))
-        multiple = 1 if self.size else self.multiple
-        new = _to_multiple(height * scale, multiple), _to_multiple(width * scale, multiple)
-        if math.prod(new) > max(self.max_pixels, height * width):
-            raise DecodeError(f"{width} x {height} pixels would become {new[1]} x {new[0]}: more than max_pixels")
+        new = _to_multiple(height * scale, self.multiple), _to_multiple(width * scale, self.multiple)
+        return self._checked((height, width), new)
+
+    def _checked(self, old: tuple[int, int], new: tuple[int, int]) -> tuple[int, int]:
+        if math.prod(new) > max(self.max_pixels, math.prod(old)):
+            raise DecodeError(f"{old[1]} x {old[0]} pixels would become {new[1]} x {new[0]}: more than max_pixels")
         return new
 
 
 @dataclass(frozen=True)
 class Waveform:
-    """A recording to its mono samples at `sample_rate`, in float32. `samples_per_token` serves budgets only."""
+    """A recording to its mono samples at `sample_rate`, in float32. `samples_per_token` serves budgets only.
+
+    `normalize` gives it mean 0 and variance 1, as wav2vec 2.0 and HuBERT want it; then a short one is filled up with
+    zeros to `min_samples`, what the first token of their convolutions reaches.
+    """
 
     sample_rate: int
     max_seconds: float = 60.0
     samples_per_token: int = 320
+    normalize: bool = False
+    min_samples: int = 0
 
     from_file: ClassVar[bool] = True
     feature_dims: ClassVar[int] = 0
 
     def __call__(self, value: Any) -> Float[Tensor, " samples"]:
-        return decode_audio(value, self.sample_rate, self.max_seconds)
+        waveform = decode_audio(value, self.sample_rate, self.max_seconds)
+        if self.normalize:
+            waveform = (waveform - waveform.mean()) / (waveform.var(correction=0) + 1e-7).sqrt()
+        return F.pad(waveform, (0, self.min_samples - len(waveform))) if len(waveform) < self.min_samples else waveform
 
     def shape(self, value: Any) -> tuple[int, ...]:
-        return (audio_length(value, self.sample_rate, self.max_seconds),)
+        return (max(self.min_samples, audio_length(value, self.sample_rate, self.max_seconds)),)
 
     def tokens(self, shape: tuple[int, ...]) -> int:
         return -(-shape[0] // self.samples_per_token)

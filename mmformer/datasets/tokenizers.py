@@ -1,4 +1,4 @@
-"""Text to token ids: bytes, words of a training set, or byte-pair encoding."""
+"""Text to token ids: bytes, words of a training set, or byte-pair encoding; any that is saved can be opened."""
 
 from __future__ import annotations
 
@@ -16,17 +16,39 @@ if TYPE_CHECKING:
     import tokenizers
 
 PAD, BOS, EOS, UNK, MASK = range(5)
-"""Ids of the special tokens, the same in every vocabulary; ids of the text start behind them."""
+"""Ids of the special tokens in every vocabulary made here; ids of the text start behind them."""
 
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>", "<mask>")
 
 
+@dataclass(frozen=True, kw_only=True)
+class SpecialIds:
+    """Ids of the special tokens of a vocabulary; None, or (), for what it lacks.
+
+    `begin` and `end` are what its model wants before and behind a text: none, one or several tokens.
+    """
+
+    pad: int | None = None
+    begin: tuple[int, ...] = ()
+    end: tuple[int, ...] = ()
+    unknown: int | None = None
+    mask: int | None = None
+
+
+_OWN = SpecialIds(pad=PAD, begin=(BOS,), end=(EOS,), unknown=UNK, mask=MASK)
+
+
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Encodes text without special tokens; ids 0 to 4 are those of padding, begin, end, unknown and mask."""
+    """Encodes text without the special tokens, whose ids are `specials`."""
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        ...
+
+    @property
+    def specials(self) -> SpecialIds: ...
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -53,6 +75,10 @@ class ByteTokenizer:
     @property
     def vocab_size(self) -> int:
         return len(SPECIALS) + 256
+
+    @property
+    def specials(self) -> SpecialIds:
+        return _OWN
 
     def encode(self, text: str) -> list[int]:
         return [byte + len(SPECIALS) for byte in text.encode("utf-8", "surrogatepass")]
@@ -89,6 +115,10 @@ class WordTokenizer:
     @property
     def vocab_size(self) -> int:
         return len(SPECIALS) + len(self.words)
+
+    @property
+    def specials(self) -> SpecialIds:
+        return _OWN
 
     @cached_property
     def _ids(self) -> dict[str, int]:
@@ -136,7 +166,7 @@ class BPE:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        model.train_from_iterator((_valid(text) for text in texts), trainer)
+        model.train_from_iterator((valid_text(text) for text in texts), trainer)
         return cls._of(model)
 
     @classmethod
@@ -147,8 +177,7 @@ class BPE:
 
     @classmethod
     def _of(cls, model: tokenizers.Tokenizer) -> BPE:
-        # Threads of its own do not survive the fork of a loader's worker; without this it says so on the screen.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        keep_to_one_thread()
         # A text that says "<pad>" must not become the token.
         model.encode_special_tokens = True
         return cls(model)
@@ -160,11 +189,15 @@ class BPE:
     def vocab_size(self) -> int:
         return self.model.get_vocab_size()
 
+    @property
+    def specials(self) -> SpecialIds:
+        return _OWN
+
     def encode(self, text: str) -> list[int]:
-        return self.model.encode(_valid(text), add_special_tokens=False).ids
+        return self.model.encode(valid_text(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        found = self.model.encode_batch_fast([_valid(text) for text in texts], add_special_tokens=False)
+        found = self.model.encode_batch_fast([valid_text(text) for text in texts], add_special_tokens=False)
         return [encoding.ids for encoding in found]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -175,15 +208,26 @@ class BPE:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Read what `save` of any of them wrote."""
-    held = json.loads(path.read_text(encoding="utf-8"))
-    if "model" in held:
-        return BPE.load(path)
-    return WordTokenizer(tuple(held["words"])) if "words" in held else ByteTokenizer()
+    """Read what `save` of any of them wrote, or the tokenizer of published weights: see `read_tokenizer`."""
+    from mmformer.datasets.pretrained import read_tokenizer
+
+    held = json.loads(path.read_text(encoding="utf-8")) if path.name == "tokenizer.json" else {}
+    if held.get("bytes"):
+        return ByteTokenizer()
+    if "words" in held:
+        return WordTokenizer(tuple(held["words"]))
+    first = [token["content"] for token in held.get("added_tokens", [])[: len(SPECIALS)]]
+    return BPE.load(path) if first == list(SPECIALS) else read_tokenizer(path)
+
+
+def keep_to_one_thread() -> None:
+    """Threads of the `tokenizers` package do not survive the fork of a loader's worker; without this it says so."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def _valid(text: str) -> str:
+def valid_text(text: str) -> str:
+    """The text with U+FFFD for each lone surrogate, which UTF-8 does not have."""
     return text if text.isascii() else _SURROGATE.sub("\ufffd", text)

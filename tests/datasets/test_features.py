@@ -11,8 +11,9 @@ from PIL import Image
 from torchaudio.transforms import MelSpectrogram
 
 from mmformer.datasets.features import LogMel, Picture, Text, Waveform
+from mmformer.datasets.resize import CentreCrop, ShortestSide, Squash
 from mmformer.datasets.sources import DecodeError
-from mmformer.datasets.tokenizers import BOS, EOS, ByteTokenizer
+from mmformer.datasets.tokenizers import BOS, EOS, PAD, ByteTokenizer, SpecialIds
 
 NOISE = torch.randn(9000, generator=torch.Generator().manual_seed(0))
 
@@ -64,8 +65,8 @@ def picture(height: int, width: int, form: str = "PNG") -> bytes:
 @given(
     st.integers(1, 90),
     st.integers(1, 90),
-    st.sampled_from([{}, {"size": 32}, {"size": 32, "crop": False}, {"short": 48}, {"longest": 40}])
-    | st.just({"short": 48, "longest": 64}),
+    st.sampled_from([{}, {"short": 48}, {"longest": 40}, {"short": 48, "longest": 64}])
+    | st.sampled_from([{"steps": [ShortestSide(32), CentreCrop(32, 32)]}, {"steps": [Squash(20, 50)], "short": 32}]),
     st.sampled_from([1, 3]),
     st.sampled_from(["PNG", "JPEG"]),
 )
@@ -76,7 +77,7 @@ def test_a_picture_of_any_shape_has_the_shape_foretold(height, width, options, c
     assert tuple(item.shape) == (*feature.shape(picture(height, width, form)), channels)
     assert item.shape[0] % 16 == item.shape[1] % 16 == 0
     assert feature.tokens(tuple(item.shape[:2])) == item.shape[0] // 16 * item.shape[1] // 16
-    if "size" in options:
+    if len(options.get("steps", [])) == 2:
         assert item.shape[:2] == (32, 32)
     if "longest" in options:
         assert max(item.shape[:2]) <= 64
@@ -88,11 +89,8 @@ def test_a_picture_keeps_its_aspect_and_content() -> None:
     assert Picture(longest=500).shape(picture(100, 200)) == (100, 200)
     whole = Picture(channels=1)(picture(64, 40))
     assert whole[:, 0, 0].tolist() == np.linspace(0, 255, 64).astype(np.uint8).tolist()
-    middle = Picture(size=40, channels=1)(picture(80, 40))
+    middle = Picture(steps=[ShortestSide(40), CentreCrop(40, 40)], channels=1)(picture(80, 40))
     assert middle[:, 0, 0].tolist() == np.linspace(0, 255, 80).astype(np.uint8)[20:60].tolist()
-    squeezed = Picture(size=40, crop=False, channels=1)(picture(80, 40))
-    assert squeezed[0, 0, 0] < 10
-    assert squeezed[-1, 0, 0] > 245
 
 
 def test_a_large_jpeg_comes_out_like_the_png() -> None:
@@ -101,9 +99,10 @@ def test_a_large_jpeg_comes_out_like_the_png() -> None:
     assert difference.abs().max() <= 3
 
 
-def test_a_strip_is_not_blown_up() -> None:
+@pytest.mark.parametrize("options", [{"short": 224}, {"steps": [ShortestSide(224), CentreCrop(224, 224)]}])
+def test_a_strip_is_not_blown_up(options) -> None:
     with pytest.raises(DecodeError, match=r"1 x 6000 pixels would become 224 x 1344000: more than max_pixels"):
-        Picture(short=224)(picture(6000, 1))
+        Picture(**options)(picture(6000, 1))
 
 
 def test_a_text_begins_and_ends_within_its_length() -> None:
@@ -116,3 +115,30 @@ def test_a_text_begins_and_ends_within_its_length() -> None:
         feature("")
     with pytest.raises(DecodeError, match="a int, not a text"):
         feature(3)
+
+
+def test_a_text_is_filled_up_and_its_length_counts() -> None:
+    feature = Text(ByteTokenizer(), 6, begin=True, end=True, pad=True)
+    assert feature("ab").tolist() == [BOS, 102, 103, EOS, PAD, PAD]
+    assert feature("abcdef").tolist() == [BOS, 102, 103, 104, 105, EOS]
+    assert feature.tokens(feature.shape("ab")) == 6
+
+
+def test_a_text_asks_for_no_token_that_its_tokenizer_lacks() -> None:
+    class Plain(ByteTokenizer):
+        specials = SpecialIds()
+
+    with pytest.raises(ValueError, match="pad=true, but this tokenizer has no token for it"):
+        Text(Plain(), 8, pad=True)
+    with pytest.raises(ValueError, match="end=true, but"):
+        Text(Plain(), 8, end=True)
+    with pytest.raises(ValueError, match="max_length 2 leaves no room"):
+        Text(ByteTokenizer(), 2, begin=True, end=True)
+
+
+def test_a_waveform_is_normalised_and_long_enough() -> None:
+    item = Waveform(16000, normalize=True, min_samples=400)(NOISE[:300] * 7 + 2)
+    assert abs(float(item.mean())) < 1e-6
+    assert abs(float(item[:300].var(correction=0)) - 1) < 1e-5
+    assert item.shape == Waveform(16000, min_samples=400).shape(NOISE[:300]) == (400,)
+    assert not item[300:].any()
