@@ -55,6 +55,7 @@ CHOICES = [
     *(f"callbacks={name}" for name in options("callbacks")),
     *(f"fusion@module.model.fusion={name}" for name in options("fusion")),
     *(f"data/tokenizer={name}" for name in options("data/tokenizer")),
+    *(f"finetune={name}" for name in options("finetune")),
     "data=manifest data.path=rows.csv",
     "",
 ]
@@ -84,7 +85,7 @@ def complaints(config: DictConfig) -> Iterator[str]:
         parameters = inspect.signature(target).parameters
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         for name, value in node.items():
-            if name in ("_target_", "_partial_", "_args_", "_convert_"):
+            if name in ("_target_", "_partial_", "_args_", "_convert_") or _is_taken_out(key, name):
                 continue
             if name not in parameters:
                 if not takes_any:
@@ -93,6 +94,11 @@ def complaints(config: DictConfig) -> Iterator[str]:
                 continue
             elif node["_target_"].startswith("mmformer.") and _same(parameters[name].default, value):
                 yield f"{key}.{name}={value} is the default of {node['_target_']}: leave it out of one of them"
+
+
+def _is_taken_out(key: str, name: str) -> bool:
+    """Whether a run reads a key of an encoder and takes it out, so that the encoder never sees it."""
+    return name == "pretrained" and key.startswith("module.model.encoders.")
 
 
 def _same(default: Any, value: Any) -> bool:

@@ -1,24 +1,53 @@
 """Layers that mix tokens."""
 
-from mmformer.nn.attention import Attention, cross_attention
+from mmformer.nn.activation import QuickGELU
+from mmformer.nn.attention import Attention, CrossAttention
+from mmformer.nn.bias import RelativeBias
 from mmformer.nn.block import Block, FeedForward
-from mmformer.nn.position import Learned, LearnedGrid, Rotary, Sinusoid
+from mmformer.nn.branch import ContextNorm, Gated, Scaled
+from mmformer.nn.experts import ByModality
+from mmformer.nn.pool import AttentionPool
+from mmformer.nn.position import (
+    BandScaling,
+    ConvolutionPosition,
+    GridTable,
+    Learned,
+    LearnedGrid,
+    LinearScaling,
+    NormedRotary,
+    Rotary,
+    Sinusoid,
+    SinusoidTable,
+)
 from mmformer.nn.quantize import FSQ, Quantized, Quantizer, ResidualVQ, VectorQuantizer
 from mmformer.nn.transformer import Transformer
 
 __all__ = [
     "FSQ",
     "Attention",
+    "AttentionPool",
+    "BandScaling",
     "Block",
+    "ByModality",
+    "ContextNorm",
+    "ConvolutionPosition",
+    "CrossAttention",
     "FeedForward",
+    "Gated",
+    "GridTable",
     "Learned",
     "LearnedGrid",
+    "LinearScaling",
+    "NormedRotary",
     "Quantized",
     "Quantizer",
+    "QuickGELU",
+    "RelativeBias",
     "ResidualVQ",
     "Rotary",
+    "Scaled",
     "Sinusoid",
+    "SinusoidTable",
     "Transformer",
     "VectorQuantizer",
-    "cross_attention",
 ]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmformer.nn.kernels import Kernel, attend
-from mmformer.nn.position import Rotary
 from mmformer.tokens import Tokens
 from mmformer.visibility import Sights, Visibility
 
@@ -17,8 +16,9 @@ class Attention(nn.Module):
     """Multi-head attention (arXiv 1706.03762) of tokens over themselves.
 
     Fewer `num_kv_heads` than heads share keys and values between heads (grouped queries, arXiv 2305.13245).
-    `head_dim` is dim / num_heads where it is not given. `visibility` is this layer's own rule, on top of the one the
-    whole Transformer runs under.
+    `head_dim` is dim / num_heads where it is not given. `bias` is that of both maps, or of the joint one of queries,
+    keys and values and of the last one each. `rotary` puts places into queries and keys: `Rotary`, `NormedRotary`.
+    `visibility` is this layer's own rule, on top of the one the whole Transformer runs under.
 
     Raises:
         ValueError: channels that do not divide by the heads, or heads by the key-value heads.
@@ -31,8 +31,8 @@ class Attention(nn.Module):
         *,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
-        bias: bool = True,
-        rotary: Callable[[int], Rotary] | None = None,
+        bias: bool | Sequence[bool] = True,
+        rotary: Callable[[int], nn.Module] | None = None,
         visibility: Visibility | None = None,
         kernel: Kernel = attend,
     ):
@@ -41,14 +41,15 @@ class Attention(nn.Module):
         self.head_dim = _head_dim(dim, self.heads, self.groups, head_dim)
         self.visibility, self.kernel = visibility, kernel
         self.rotary = rotary(self.head_dim) if rotary else None
-        self.qkv = nn.Linear(dim, (self.heads + 2 * self.groups) * self.head_dim, bias=bias)
-        self.out = nn.Linear(self.heads * self.head_dim, dim, bias=bias)
+        joint_bias, out_bias = (bias, bias) if isinstance(bias, bool) else bias
+        self.qkv = nn.Linear(dim, (self.heads + 2 * self.groups) * self.head_dim, bias=joint_bias)
+        self.out = nn.Linear(self.heads * self.head_dim, dim, bias=out_bias)
 
     def forward(self, tokens: Tokens, context: Tokens | None, sights: Sights) -> Float[Tensor, "B T D"]:
         joint = self.qkv(tokens.x).unflatten(-1, (self.heads + 2 * self.groups, self.head_dim))
         q, k, v = joint.split((self.heads, self.groups, self.groups), 2)
         if self.rotary is not None:
-            q, k = self.rotary(q, tokens.position), self.rotary(k, tokens.position)
+            q, k = self.rotary(q, k, tokens.position)
         gathered = self.kernel(q, k, v, sights.under(self.visibility))
         return self.out(gathered.flatten(2))
 

@@ -12,12 +12,15 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from mmformer.visibility import Group, Sight
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Sight], Tensor]
+Inner = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Bias = Callable[[Int[Tensor, "n Lq 3"], Int[Tensor, "n Lk 3"]], Float[Tensor, "n H Lq Lk"]]
+"""What is added to the scores, from the positions of queries and keys."""
 
 # Above this many keys the score matrix of plain attention no longer fits the cache and SDPA's blocks win.
 PLAIN_KEYS = 768
@@ -39,20 +42,30 @@ def attend(
 
 
 def dense(
-    q: Float[Tensor, "B Tq H d"], k: Float[Tensor, "B Tk G d"], v: Float[Tensor, "B Tk G d"], sight: Sight
+    q: Float[Tensor, "B Tq H d"],
+    k: Float[Tensor, "B Tk G d"],
+    v: Float[Tensor, "B Tk G d"],
+    sight: Sight,
+    bias: Bias | None = None,
 ) -> Float[Tensor, "B Tq H d"]:
     """One SDPA call under the whole mask; for export, and the form the others are tested against."""
-    return _masked(q, k, v, sight.dense, sight.dense.any(-1, keepdim=True), _sdpa)
+    inner = _sdpa if bias is None else _biased(bias(sight.query.position, sight.key.position))
+    return _masked(q, k, v, sight.dense, sight.dense.any(-1, keepdim=True), inner)
 
 
 def grouped(
-    q: Float[Tensor, "1 Tq H d"], k: Float[Tensor, "1 Tk G d"], v: Float[Tensor, "1 Tk G d"], sight: Sight
+    q: Float[Tensor, "1 Tq H d"],
+    k: Float[Tensor, "1 Tk G d"],
+    v: Float[Tensor, "1 Tk G d"],
+    sight: Sight,
+    bias: Bias | None = None,
 ) -> Float[Tensor, "1 Tq H d"]:
     """Packed rows on a CPU: segments of like length go through one dense call together."""
     groups = sight.groups
     queries = _cut(q[0], [group.query_span for group in groups])
     keys, values = (_cut(x[0], [group.key_span for group in groups]) for x in (k, v))
-    parts = [_gather_group(*own) for own in zip(queries, keys, values, groups, strict=True)]
+    inners = [_inner(group, sight, bias) for group in groups]
+    parts = [_gather_group(*own) for own in zip(queries, keys, values, groups, inners, strict=True)]
     rest = q.shape[1] - sum(len(part) for part in parts)
     if rest:
         parts.append(q.new_zeros(rest, *q.shape[2:]))
@@ -68,17 +81,25 @@ def _cut(x: Float[Tensor, "T G d"], spans: Sequence[slice]) -> Sequence[Float[Te
     return x.split([filled[0].start, *sizes, len(x) - filled[-1].stop])[1:-1]
 
 
-def _gather_group(q: Tensor, k: Tensor, v: Tensor, group: Group) -> Float[Tensor, "t H d"]:
+def _inner(group: Group, sight: Sight, bias: Bias | None) -> Inner | None:
+    """Attention with what a bias says of a group; None where there is none."""
+    if bias is None or not group.keys:
+        return None
+    query = _stack(sight.query.position[0][group.query_span], group.query, group.count)
+    return _biased(bias(query, _stack(sight.key.position[0][group.key_span], group.key, group.count)))
+
+
+def _gather_group(q: Tensor, k: Tensor, v: Tensor, group: Group, inner: Inner | None) -> Float[Tensor, "t H d"]:
     if not group.keys:
         return torch.zeros_like(q)
     q = _stack(q, group.query, group.count)
     k, v = _stack(k, group.key, group.count), _stack(v, group.key, group.count)
-    inner = _plain if _plain_is_faster(q, group.keys) else _sdpa
+    inner = inner or (_plain if _plain_is_faster(q, group.keys) else _sdpa)
     out = _masked(q, k, v, group.mask, group.sees, inner).flatten(0, 1)
     return out if group.out is None else out.index_select(0, group.out)
 
 
-def _stack(x: Float[Tensor, "t G d"], where: Tensor | None, count: int) -> Float[Tensor, "n L G d"]:
+def _stack(x: Shaped[Tensor, "t ..."], where: Tensor | None, count: int) -> Shaped[Tensor, "n L ..."]:
     """A group's tokens with a row for each of its segments."""
     return (x if where is None else x.index_select(0, where)).unflatten(0, (count, -1))
 
@@ -95,7 +116,7 @@ def _masked(
     v: Float[Tensor, "n Lk G d"],
     mask: Bool[Tensor, "n 1 _ Lk"] | None,
     sees: Bool[Tensor, "n 1 Lq 1"] | None,
-    inner: Callable,
+    inner: Inner,
 ) -> Float[Tensor, "n Lq H d"]:
     """Run attention; queries that see nothing look everywhere and are then set to zero, so that no NaN arises."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -106,6 +127,16 @@ def _masked(
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _biased(bias: Float[Tensor, "n H Lq Lk"]) -> Inner:
+    """Attention whose scores have something added."""
+
+    def inner(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        scores = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
+        return _sdpa(q, k, v, scores)
+
+    return inner
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

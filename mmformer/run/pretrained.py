@@ -1,66 +1,174 @@
-"""Weights from another run, without its optimizer or its place in the data."""
+"""Weights from elsewhere: `pretrained=PATH_OR_ID`, or `module.model.encoders.image.pretrained=PATH_OR_ID`.
+
+A checkpoint of one's own fills the model that the config describes. One of another library decides the layers too, how
+raw items are read and how texts are cut into words; the run's config decides everything else. What the checkpoint
+decides is written into the config before the data are set up, so that the saved config opens without the checkpoint.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
-from torch import Tensor, nn
+from omegaconf import OmegaConf, open_dict
+from torch import nn
 
+from mmformer.checkpoints.load import describe, fill, recognise
+from mmformer.checkpoints.plan import Terms
+from mmformer.checkpoints.report import MisfitError, Report
+from mmformer.checkpoints.source import Source, open_source
+from mmformer.checkpoints.table import Described, Family
 from mmformer.run.launch import UserError
-from mmformer.training.checkpointing import load_whole
+
+OWN = "mmformer"
 
 
-def load_pretrained(model: nn.Module, path: Path, strict: bool) -> list[str]:
-    """Load a model's weights from a checkpoint, a run folder or safetensors; gives back what to say of it.
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """A checkpoint, and what of a model it fills: all of it, or the encoder of one modality.
+
+    `key` is how the user asked for it. `projected` encoders got a last stage that brings them to the run's width.
+    """
+
+    key: str
+    source: Source
+    family: Family
+    described: Described
+    modality: str | None = None
+    projected: bool = False
+    strict: bool = True
+
+    def load(self, model: nn.Module) -> list[str]:
+        """Fill a model, all of the checkpoint or nothing; gives back what to say of it.
+
+        Raises:
+            UserError: tensors that are left over, each named.
+        """
+        part = self.modality and f"encoders.{self.modality}"
+        try:
+            report = self._fill(model if part is None else model.get_submodule(part), part)
+        except MisfitError as error:
+            hint = "" if self.modality or not self.strict else " (pretrained_strict=false)"
+            raise UserError(f"{self.key}: {error}{hint}") from error
+        return [f"{self.key}: {self.family.library}/{self.family.name}, {report.summary()}", *report.details()]
+
+    def _fill(self, module: nn.Module, part: str | None) -> Report:
+        rules, ignored, new = self.family.rules(self.described), {}, list(self.described.new)
+        if self.projected:
+            of_pool = [rule for rule in rules if any(name.startswith(f"{part}.pool.") for name in rule.targets)]
+            rules = [rule for rule in rules if rule not in of_pool]
+            ignored = {name: "pools tokens of another width" for rule in of_pool for name in rule.sources}
+            new.append(f"{part}.stages.{len(self.encoder['stages'])}.*")
+        elif part is None and self.family.library != OWN:
+            new += [f"{name}.*" for name in _parts(module) if name not in _described_parts(self.described)]
+        terms = Terms(
+            ignored={**ignored, **self.described.ignored, **self.family.ignored},
+            zeros=self.family.zeros,
+            configured=self.family.configured,
+            new=new,
+            part=part,
+        )
+        return fill(module, self.source, rules, terms, strict=self.strict)
+
+    @property
+    def encoder(self) -> Mapping[str, Any]:
+        assert self.modality is not None
+        return self.described.model["encoders"][self.modality]
+
+
+def adopt(config: Any) -> list[Pretrained]:
+    """The checkpoints that a config names, what they decide written into it; `config` is a DictConfig, and is changed.
 
     Raises:
-        UserError: nothing there, or with `strict` a weight that is missing, unexpected or of another shape.
+        UserError: a checkpoint that cannot be read, or that lacks what it was named for.
     """
-    found = _weights(path)
-    own = model.state_dict()
-    missing = [name for name in own if name not in found]
-    unexpected = [name for name in found if name not in own]
-    other = [name for name in found if name in own and found[name].shape != own[name].shape]
-    lists = [
-        *_list("missing", missing),
-        *_list("unexpected", unexpected),
-        *_list("of another shape", [f"{n} {_shape(found[n])}, here {_shape(own[n])}" for n in other]),
-    ]
-    fitting = {name: tensor for name, tensor in found.items() if name in own and name not in other}
-    if not fitting or (strict and lists):
+    found = []
+    if config.pretrained:
+        found.append(_open("pretrained", str(config.pretrained), strict=config.pretrained_strict))
+        described = found[0].described
+        if found[0].family.library == OWN:
+            _write_tokenizer(config, described)
+        else:
+            _write_model(config, described)
+    for modality, encoder in list(config.module.model.encoders.items()):
+        with open_dict(encoder):
+            path = encoder.pop("pretrained", None)
+        if path:
+            key = f"module.model.encoders.{modality}.pretrained"
+            found.append(_write_encoder(config, _open(key, str(path), modality=modality)))
+    return found
+
+
+def _open(key: str, path: str, **options: Any) -> Pretrained:
+    try:
+        source, family = recognise(open_source(path))
+        described = describe(family, source, {})
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}={path}: {error}") from error
+    modality, has = options.get("modality"), described.model.get("encoders") or {}
+    if modality and modality not in has:
         raise UserError(
-            f"pretrained={path} does not fit this model: {'; '.join(lists) or 'no weight in common'}"
-            + ("; pretrained_strict=false loads what fits" if fitting else "")
+            f"{key}={path}: this {family.library}/{family.name} has encoders of {', '.join(has) or 'nothing'}, "
+            f"and none of {modality}"
         )
-    model.load_state_dict(fitting, strict=False)
-    share = sum(t.numel() for t in fitting.values()) / max(1, sum(t.numel() for t in own.values()))
-    return [*lists, f"pretrained: {len(fitting)} tensors, {share:.0%} of the weights, from {path}"]
+    return Pretrained(key=f"{key}={path}", source=source, family=family, described=described, **options)
 
 
-def _weights(path: Path) -> dict[str, Tensor]:
-    """The weights of a model by their names in it; the averaged ones where a checkpoint has them."""
-    places = [
-        path,
-        path / "model" / "model.safetensors",
-        path / "model.safetensors",
-        path / "checkpoints" / "best.ckpt",
-    ]
-    file = next((place for place in places if place.is_file()), None)
-    if file is None:
-        raise UserError(f"pretrained={path}: no checkpoint (.ckpt), run folder or folder with model.safetensors")
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(file)
-    state = load_whole(file)["state_dict"]
-    prefix = "average.module.model." if any(name.startswith("average.") for name in state) else "model."
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+def _write_model(config: Any, described: Described) -> None:
+    """The parts of the checkpoint in the place of the config's; those that it lacks stay."""
+    model = config.module.model
+    with open_dict(config):
+        for kind in ("encoders", "heads"):
+            model[kind] = {**(model.get(kind) or {}), **(described.model.get(kind) or {})}
+        if described.model.get("fusion"):
+            model.fusion = described.model["fusion"]
+        for modality in described.model["encoders"]:
+            _write_inputs(config, described, modality)
 
 
-def _list(what: str, names: list[str]) -> list[str]:
-    shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-    return [f"{len(names)} {what}: {shown}"] if names else []
+def _write_encoder(config: Any, found: Pretrained) -> Pretrained:
+    """The encoder in the place of the config's, with a projection where its width is another."""
+    modality, encoder = str(found.modality), dict(found.encoder)
+    width = _width(encoder)
+    if width != config.dim:
+        projection = {"_target_": "mmformer.encoders.Projection", "dim_in": width, "dim_out": config.dim}
+        encoder |= {"stages": [*encoder["stages"], projection], "pool": None}
+        found = replace(found, projected=True)
+    with open_dict(config):
+        config.module.model.encoders[modality] = encoder
+        _write_inputs(config, found.described, modality)
+    return found
 
 
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "scalar"
+def _write_inputs(config: Any, described: Described, modality: str) -> None:
+    """How the checkpoint reads items of a modality, and its words."""
+    if feature := described.features.get(modality):
+        config.data.features[modality] = feature
+    if modality == "text":
+        _write_tokenizer(config, described)
+
+
+def _write_tokenizer(config: Any, described: Described) -> None:
+    """The words that a text encoder was trained on: ids of another tokenizer would mean something else."""
+    if described.tokenizer:
+        target, path = "mmformer.datasets.pretrained.pretrained_tokenizer", str(described.tokenizer)
+        config.data.tokenizer = OmegaConf.create({"_target_": target, "_partial_": True, "path": path})
+
+
+def _width(encoder: Mapping[str, Any]) -> int:
+    """Channels that come out of an encoder, as its config says."""
+    last = [stage for stage in (encoder["embedder"], *encoder["stages"]) if {"dim", "dim_out"} & set(stage)][-1]
+    return last.get("dim_out") or last["dim"]
+
+
+def _parts(model: nn.Module) -> list[str]:
+    """The encoders, the heads and the fusion of a model by name."""
+    named = [f"{kind}.{name}" for kind in ("encoders", "heads") for name, _ in getattr(model, kind).named_children()]
+    return [*named, "fusion"]
+
+
+def _described_parts(described: Described) -> set[str]:
+    model = described.model
+    named = {f"{kind}.{name}" for kind in ("encoders", "heads") for name in model.get(kind) or {}}
+    return named | ({"fusion"} if model.get("fusion") else set())

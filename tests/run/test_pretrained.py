@@ -1,29 +1,102 @@
-"""Weights from elsewhere fit, or what does not fit is listed."""
+"""Weights from elsewhere: what the checkpoint decides is in the config, and every tensor is accounted for."""
+
+from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf, open_dict
 
+from mmformer.checkpoints import build, save_model
+from mmformer.datasets.tokenizers import WordTokenizer
 from mmformer.run.launch import UserError
-from mmformer.run.pretrained import load_pretrained
-from tests.training.toy import toy_model
+from mmformer.run.pretrained import adopt
+from tests.helpers import scramble
+from tests.test_configs import FACTS
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
-def test_weights_from_elsewhere_fit_or_are_listed(tmp_path):
-    from safetensors.torch import save_file
+def config(*overrides):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        found = compose("train", ["paths.run=runs/x", "paths.root=.", "depth.text=1", *overrides])
+    found.facts = FACTS
+    return found
 
-    source, target = toy_model(), toy_model()
-    save_file(source.state_dict(), tmp_path / "model.safetensors")
-    assert "100% of the weights" in load_pretrained(target, tmp_path, True)[-1]
+
+def model_of(found):
+    return instantiate(found.module.model, _convert_="all")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A model that a run saved, all its parameters scrambled."""
+    found = config()
+    adopt(found)
+    plain = OmegaConf.to_container(OmegaConf.create({"model": found.module.model, "facts": FACTS}), resolve=False)
+    root = OmegaConf.to_container(found, resolve=True)
+    plain = {"model": root["module"]["model"], "features": root["data"]["features"]}
+    model = scramble(build(plain["model"]))
+    folder = tmp_path_factory.mktemp("run") / "model"
+    save_model(folder, model, plain, WordTokenizer(("what", "is", "this")))
+    return folder, model
+
+
+def test_weights_of_another_run_fill_the_model_and_bring_their_words(trained):
+    folder, source = trained
+    found = config(f"pretrained={folder}")
+    (checkpoint,) = adopt(found)
+    target = model_of(found)
+    assert "100.0% of" in checkpoint.load(target)[0]
     assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
-    state = source.state_dict()
-    del state["fusion.latents"]
-    state["extra"] = torch.zeros(1)
-    state["heads.answer.out.bias"] = torch.zeros(9)
-    save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(
-        UserError, match=r"1 missing: fusion.latents; 1 unexpected: extra; 1 of another shape: .*bias 9, here 3"
-    ):
-        load_pretrained(target, tmp_path, True)
-    assert len(load_pretrained(target, tmp_path, False)) == 4
-    with pytest.raises(UserError, match="no checkpoint"):
-        load_pretrained(target, tmp_path / "nowhere", True)
+    assert found.data.tokenizer.path == str(folder / "tokenizer.json")
+
+
+def test_one_encoder_is_taken_and_the_rest_stays(trained):
+    folder, source = trained
+    found = config(f"module.model.encoders.image.pretrained={folder}", "dim=96")
+    (checkpoint,) = adopt(found)
+    target = model_of(found)
+    before = {name: p.clone() for name, p in target.named_parameters()}
+    checkpoint.load(target)
+    for name, parameter in target.named_parameters():
+        other = source.get_parameter(name) if name.startswith("encoders.image.") else before[name]
+        assert torch.equal(parameter, other), name
+
+
+def test_an_encoder_of_another_width_gets_a_projection(trained):
+    folder, source = trained
+    found = config(f"module.model.encoders.audio.pretrained={folder}", "dim=48")
+    (checkpoint,) = adopt(found)
+    target = model_of(found)
+    lines = checkpoint.load(target)
+    assert any("new" in line for line in lines)
+    assert type(target.encoders["audio"].stages[-1]).__name__ == "Projection"
+    assert torch.equal(target.encoders["audio"].embedder.stem.linear.weight,
+                       source.encoders["audio"].embedder.stem.linear.weight)  # fmt: skip
+
+
+def test_what_does_not_fit_is_named_and_nothing_is_loaded(trained):
+    folder, _ = trained
+    found = config(f"pretrained={folder}", "depth.fusion=1")
+    (checkpoint,) = adopt(found)
+    target = model_of(found)
+    before = {name: p.clone() for name, p in target.named_parameters()}
+    with pytest.raises(UserError, match=r"(?s)fusion.transformer.layers.1.*pretrained_strict=false"):
+        checkpoint.load(target)
+    assert all(torch.equal(p, before[name]) for name, p in target.named_parameters())
+    found = config(f"pretrained={folder}", "depth.fusion=1", "pretrained_strict=false")
+    (checkpoint,) = adopt(found)
+    assert "unexpected" in " ".join(checkpoint.load(target))
+
+
+def test_errors_name_the_key(tmp_path, trained):
+    with pytest.raises(UserError, match=r"pretrained=.*nowhere"):
+        adopt(config(f"pretrained={tmp_path / 'nowhere'}"))
+    folder, _ = trained
+    found = config(f"module.model.encoders.image.pretrained={folder}")
+    with open_dict(found):
+        found.module.model.encoders.video = found.module.model.encoders.image
+    with pytest.raises(UserError, match=r"has encoders of text, image, audio, and none of video"):
+        adopt(found)

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from mmformer.nn import Attention, BandScaling, LinearScaling, NormedRotary, Rotary
+
+
+def places(*times: int) -> torch.Tensor:
+    position = torch.zeros(1, len(times), 3, dtype=torch.long)
+    position[..., 0] = torch.tensor(times)
+    return position
+
+
+def test_rotated_scores_depend_on_the_distance_alone() -> None:
+    rotary = Rotary(10)
+    q, k = torch.randn(1, 1, 3, 10).expand(1, 4, 3, 10), torch.randn(1, 1, 3, 10).expand(1, 4, 3, 10)
+    turned, _ = rotary(q, k, places(7, 3, 107, 5))
+    _, others = rotary(q, k, places(5, 1, 105, 5))
+    scores = (turned * others).sum(-1)[0]
+    torch.testing.assert_close(scores[0], scores[1])
+    torch.testing.assert_close(scores[0], scores[2], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(scores[0], scores[3])
+
+
+def test_pairs_are_the_two_halves() -> None:
+    q = torch.zeros(1, 1, 1, 4)
+    q[..., 0] = 1
+    turned, _ = Rotary(4, theta=100.0)(q, q, places(3))
+    torch.testing.assert_close(turned[0, 0, 0], torch.tensor([math.cos(3), 0, math.sin(3), 0]))
+
+
+def test_linear_scaling_brings_places_together() -> None:
+    q, k = torch.randn(2, 1, 2, 3, 8)
+    near = Rotary(8)(q, k, places(2, 5))
+    far = Rotary(8, scaling=LinearScaling(4.0))(q, k, places(8, 20))
+    torch.testing.assert_close(near, far)
+
+
+def test_band_scaling_by_its_definition() -> None:
+    """A channel that turns often within the original length stays, one that turns seldom is slowed, between a ramp."""
+    scaling = BandScaling(factor=8.0, low=1.0, high=4.0, original=100)
+    turns = torch.tensor([9.0, 4.0, 2.5, 1.0, 0.2])
+    wanted = torch.tensor([1.0, 1.0, (0.5 / 8 + 0.5), 1 / 8, 1 / 8])
+    rates = turns * 2 * math.pi / 100
+    torch.testing.assert_close(scaling(rates) / rates, wanted)
+
+
+def test_normed_rotary_normalises_before_it_turns() -> None:
+    part = NormedRotary(6, norm=partial(nn.RMSNorm, eps=1e-6), rotary=partial(Rotary, theta=50.0))
+    weights = [nn.init.normal_(part.get_parameter(f"{name}_norm.weight")) for name in ("query", "key")]
+    q, k = torch.randn(1, 3, 4, 6), torch.randn(1, 3, 2, 6)
+
+    def normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+    wanted = part.rotary(normed(q, weights[0]), normed(k, weights[1]), places(0, 1, 2))
+    torch.testing.assert_close(part(q, k, places(0, 1, 2)), wanted)
+
+
+@pytest.mark.parametrize(
+    ("bias", "found"),
+    [(True, (True, True)), (False, (False, False)), ([True, False], (True, False)), ((False, True), (False, True))],
+)
+def test_attention_with_a_bias_in_both_maps_or_one(bias, found: tuple[bool, bool]) -> None:
+    part = Attention(8, 2, bias=bias)
+    assert (part.qkv.bias is not None, part.out.bias is not None) == found
