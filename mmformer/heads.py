@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -35,6 +38,29 @@ class UnitHead(nn.Module):
 
     def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N O"]:
         return nn.functional.normalize(self.out(x).float(), dim=-1)
+
+
+class MeanHead(nn.Module):
+    """The mean of what several heads say, each of an equal share of the channels (DeiT's two tokens, 2012.12877)."""
+
+    def __init__(self, parts: Sequence[nn.Module]):
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N O"]:
+        shares = x.chunk(len(self.parts), -1)
+        return torch.stack([part(share) for part, share in zip(self.parts, shares, strict=True)]).mean(0)
+
+
+class SharedHead(nn.Module):
+    """What one head says of each of `count` equal shares of the channels, side by side (BLIP-2's queries)."""
+
+    def __init__(self, part: nn.Module, count: int):
+        super().__init__()
+        self.part, self.count = part, count
+
+    def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N O"]:
+        return torch.cat([self.part(share) for share in x.chunk(self.count, -1)], -1)
 
 
 class VocabularyHead(nn.Module):

@@ -52,14 +52,19 @@ def has_tokens(tokens: Tokens) -> Bool[Tensor, " N"]:
 
 
 class FirstPool(nn.Module):
-    """The mean of a sample's first `count` tokens: its class token, or AST's and DeiT's two; zeros without tokens."""
+    """The mean of a sample's first `count` tokens: its class token, or AST's two; zeros without tokens.
 
-    def __init__(self, count: int = 1):
+    `joined` puts them side by side instead, count x D channels (DeiT's two). `start` tokens in front of them are passed
+    over (the queries in front of BLIP-2's texts).
+    """
+
+    def __init__(self, count: int = 1, joined: bool = False, start: int = 0):
         super().__init__()
-        self.count = count
+        self.places, self.joined = range(start, start + count), joined
 
-    def forward(self, tokens: Tokens) -> Float[Tensor, "N D"]:
-        return torch.stack([_at(tokens, place) for place in range(self.count)]).mean(0)
+    def forward(self, tokens: Tokens) -> Float[Tensor, "N E"]:
+        found = [_at(tokens, place) for place in self.places]
+        return torch.cat(found, -1) if self.joined else torch.stack(found).mean(0)
 
 
 class LastPool(nn.Module):

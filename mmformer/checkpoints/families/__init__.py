@@ -3,6 +3,7 @@
 from mmformer.checkpoints.families import (
     ast,
     bert,
+    blip,
     clip,
     clip_open,
     gpt2,
@@ -32,6 +33,7 @@ FAMILIES: tuple[Family, ...] = (
     *clip.FAMILIES,
     *clip_open.FAMILIES,
     *siglip.FAMILIES,
+    *blip.FAMILIES,
     *vit_timm.FAMILIES,
     *vit_torchvision.FAMILIES,
     *ast.FAMILIES,
