@@ -1,4 +1,4 @@
-"""The command line: `mmformer predict`, `report`, `runs`.
+"""The command line: `mmformer predict`, `probe`, `report`, `runs`.
 
 Each command is a module that imports nothing heavy at its top, so that `mmformer --help` answers at once.
 """
@@ -12,6 +12,7 @@ import typer
 
 from mmformer import __version__
 from mmformer.cli.predict import predict
+from mmformer.cli.probe import probe
 from mmformer.cli.report import report
 from mmformer.cli.runs import runs
 
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (predict, report, runs):
+for command in (predict, probe, report, runs):
     app.command()(command)
 
 

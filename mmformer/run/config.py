@@ -23,7 +23,7 @@ CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
 
 LATENT = "latent"  # the name in mmformer.tokens, which would import torch here
 
-FIXED = ("seed", "data", "module.model", "module.objectives", "module.seed", "facts")
+FIXED = ("seed", "data", "module.model", "module.objectives", "module.seed", "module.finetune", "facts")
 """What a run cannot change half-way: its result would be neither the old run nor a new one."""
 
 FREE = (

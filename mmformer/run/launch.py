@@ -39,7 +39,7 @@ def launch(main: Callable[..., object]) -> int:
         name = type(error).__name__
         if name == "Interrupted":
             return int(error.exit_code)  # pyright: ignore[reportAttributeAccessIssue]
-        code = {"NonFiniteLoss": 3, "BadDataError": 2, "CheckpointError": 2}.get(name)
+        code = {"NonFiniteLoss": 3, "BadDataError": 2, "CheckpointError": 2, "FrozenError": 2}.get(name)
         if full or code is None:
             raise
         return _say(error, code)

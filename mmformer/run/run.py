@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,17 +16,18 @@ import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import OmegaConf
 from pytorch_lightning.loggers import WandbLogger
 
 from mmformer.checkpoints import save_model
 from mmformer.report.collect import Collector, report_test
+from mmformer.run.compilation import compile_layers
 from mmformer.run.config import changes, drop_absent, missing
 from mmformer.run.folder import METRICS, Lock, write_json
 from mmformer.run.launch import UserError, command
-from mmformer.run.pretrained import load_pretrained
+from mmformer.run.pretrained import Pretrained, adopt
 from mmformer.run.summary import final_table, parameters_line
 from mmformer.run.tracking import log_results
 from mmformer.training.checkpointing import clean, load_whole, newest_whole
@@ -48,8 +50,10 @@ class Run:
         self.folder = Path(config.paths.run)
         self.checkpoint: Path | None = None
         self._plain: dict[str, Any] = {}
+        self._pretrained: list[Pretrained] = []
         self._lock: Lock | None = None
-        self._started = time.monotonic()
+        self._started = datetime.now()
+        self._clock = time.monotonic()
 
     def __enter__(self) -> Run:
         config = self.config
@@ -114,8 +118,9 @@ class Run:
             self.config.logger.wandb.id = ids[0]
 
     def data(self) -> Any:
-        """The data, set up, and what they tell the model written into the config."""
+        """The data, set up, and what they and checkpoints tell the model written into the config."""
         config = self.config
+        self._pretrained = adopt(config)
         with _in_one_line():
             data = instantiate(config.data.module, _convert_="all")
             data.setup()
@@ -123,6 +128,8 @@ class Run:
         config.facts = facts
         for name in drop_absent(config, facts["modalities"]):
             _say(f"the data have no {name}: its encoder is left out")
+        metric, mode = _headline(config.module.objectives)
+        config.facts = facts | {"monitor": f"val/{metric}", "monitor_mode": mode}
         for line in data.summary():
             _say(line)
         return data
@@ -139,13 +146,13 @@ class Run:
         module: Training = instantiate(config.module, _convert_="all")
         module.hparams.update(plain)
         self._plain = plain
-        if config.pretrained:
-            for line in load_pretrained(module.model, Path(config.pretrained), config.pretrained_strict):
+        for checkpoint in self._pretrained:
+            for line in checkpoint.load(module.model):
                 _say(line)
+        with _in_one_line():
+            module.prepare()
         if config.extras.compile:
-            for part in (*module.model.encoders.values(), module.model.fusion):
-                if part is not None:
-                    part.compile()
+            compile_layers(module.model)
         _say(parameters_line(module))
         return module
 
@@ -197,16 +204,17 @@ class Run:
     def _write(
         self, trainer: pl.Trainer, module: Training, data: Any, metrics: dict[str, float], collector: Collector
     ) -> None:
-        model, objectives = module.evaluated()
+        model, objectives = module.exported()
         save_model(self.folder / "model", model, dict(module.hparams), data.tokenizer, objectives)
         write_json(self.folder / METRICS, {name: metrics[name] for name in sorted(metrics)})
         names = module.hparams["facts"]["targets"].get(collector.target, {}).get("names", [])
         facts = {
-            "seconds": round(time.monotonic() - self._started, 1),
+            "seconds": round(time.monotonic() - self._clock, 1),
             "parameters": sum(p.numel() for p in model.parameters()),
             "device": str(trainer.strategy.root_device),
+            "resumed": self.checkpoint is not None,
         }
-        report_test(self.folder, collector, data.manifest, names, **facts)
+        report_test(self.folder, collector, data.manifest, names, self._started, **facts)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 log_results(logger, self.folder, data.manifest, metrics)
@@ -240,6 +248,29 @@ def _in_one_line() -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         raise UserError(" ".join(str(error).split())) from error
+
+
+def _headline(objectives: Any) -> tuple[str, str]:
+    """The metric to choose a checkpoint by, and whether it should become min or max: that of the first objective.
+
+    It is the first objective whose metrics have the plain names.
+    """
+    found = [getattr(_objective(name, part), "headline", None) for name, part in objectives.items()]
+    return next(filter(None, found), ("loss", "min"))
+
+
+def _objective(name: str, part: Any) -> Any:
+    """The class of an objective."""
+    target = part["_target_"]
+    if target.endswith(".None"):  # ${facts.objective}
+        raise UserError(
+            f"module.objectives.{name} predicts the label, and the data have none: name its column"
+            " (data.columns.label=...), or choose another objective (objective@module.objectives=[contrastive])"
+        )
+    try:
+        return get_object(target)
+    except ImportError as error:
+        raise UserError(f"module.objectives.{name}: {' '.join(str(error).split())}") from error
 
 
 def _callbacks(trainer: pl.Trainer) -> list[Any]:

@@ -14,6 +14,8 @@ from typing import IO, Any
 import torch
 from lightning_fabric.plugins import CheckpointIO
 
+from mmformer.checkpoints.frozen import put_back, set_apart
+
 SUMS = "SHA256SUMS"
 """File beside the checkpoints: the hash of every version that was written, in the format of sha256sum."""
 
@@ -116,12 +118,13 @@ def sha256(path: Path) -> str:
 def load_whole(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     """Read a checkpoint, after comparing it with the hash that was recorded when it was written.
 
-    A folder without recorded hashes (a checkpoint from elsewhere) is read as it is. Only tensors and plain
-    containers are ever unpickled.
+    Frozen weights, which lie in a file beside it, are put in their places. A folder without recorded hashes (a
+    checkpoint from elsewhere) is read as it is. Only tensors and plain containers are ever unpickled.
 
     Raises:
         FileNotFoundError: no such file.
         CheckpointError: damaged, or not a checkpoint, or one that holds more than plain containers.
+        FrozenError: the frozen weights are not beside it, or damaged.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
@@ -129,17 +132,21 @@ def load_whole(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     if known and (found := sha256(path)) not in known:
         raise CheckpointError(f"{path} is damaged: its sha256 {found[:12]}... is none of those in {SUMS}")
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # torch raises anything from EOFError to UnpicklingError here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path} cannot be read as a checkpoint of plain containers: {reason}") from error
+    return put_back(checkpoint, path, map_location)
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Lightning's way to the disk: atomic, hashed, and never unpickling code."""
+    """Lightning's way to the disk: atomic, hashed, never unpickling code, and writing frozen weights only once."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
+        checkpoint, file, frozen = set_apart(checkpoint, path.parent)
+        if file is not None and not file.is_file():
+            write_whole(file, lambda handle: torch.save(frozen, handle))
         # The hash is recorded before the name changes hands: a kill between the two leaves an old file of known hash.
         write_whole(path, lambda file: torch.save(checkpoint, file), lambda sum: _add_sum(path.parent, path.name, sum))
 

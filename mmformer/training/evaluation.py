@@ -11,23 +11,11 @@ from torch import Tensor
 
 from mmformer.batch import Batch
 from mmformer.model import Encoded, Model
-from mmformer.objectives.objective import Meter, Objective
+from mmformer.objectives.objective import Meter, Objective, letters
 from mmformer.tokens import LATENT
-
-_ORDER = ("text", "image", "audio")
 
 Judged = tuple[str, str, dict[str, Tensor], Batch]
 """Objective, subset ("" for samples as they are), what was predicted, and the samples it was predicted for."""
-
-
-def letters(modalities: Sequence[str]) -> dict[str, str]:
-    """One letter for each modality, in the order text, image, audio, others: its first that is still free."""
-    ordered = [m for m in _ORDER if m in modalities] + sorted(set(modalities) - set(_ORDER))
-    out: dict[str, str] = {}
-    for name in ordered:
-        free = (c for c in (*name.lower(), *"abcdefghijklmnopqrstuvwxyz0123456789") if c.isalnum())
-        out[name] = next(c for c in free if c not in out.values())
-    return out
 
 
 def subsets(modalities: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -57,7 +45,7 @@ class Evaluation:
             if not whole:
                 continue
             yield name, "", whole, bare
-            for letter, names in self._subsets.items():
+            for letter, names in self._subsets.items() if objective.by_subset else ():
                 rows = [row for row, has in enumerate(have) if has.issuperset(names)]
                 if not rows or not _reads(model, names):
                     continue

@@ -9,19 +9,24 @@ from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.rank_zero import rank_zero_only
 from pytorch_lightning.plugins.precision import MixedPrecision, Precision
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from pytorch_lightning.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mmformer.batch import Batch
+from mmformer.checkpoints import frozen
 from mmformer.datasets.sampler import counter_seed
 from mmformer.model import Encoded, Model
 from mmformer.objectives.objective import Objective
+from mmformer.training.adapters import merged
 from mmformer.training.evaluation import Evaluation, Judged
+from mmformer.training.finetune import Finetune, Schedule, rest
 from mmformer.training.loggers import MetricsCSV
-from mmformer.training.optim import Average, total_steps
+from mmformer.training.optim import Average, describe_groups, total_steps
 
 Found = TypeVar("Found")
 
@@ -35,8 +40,8 @@ class Training(pl.LightningModule):
 
     `weights[name]` scales an objective (1 where it is not named). `optimizer` makes one from a module, `schedule` a
     learning-rate schedule from the optimizer and the number of steps. `ema` is the decay of an average of the weights,
-    which is then what is evaluated and exported. All randomness of a step is a function of (`seed`, step), so nothing
-    random is saved in a checkpoint.
+    which is then what is evaluated and exported. `finetune` says which parameters train, and from which step on. What
+    trains and all randomness of a step are functions of (`seed`, step), so nothing of them is saved in a checkpoint.
     """
 
     def __init__(
@@ -48,6 +53,7 @@ class Training(pl.LightningModule):
         schedule: Callable[[Optimizer, int], LRScheduler],
         seed: int,
         ema: float | None,
+        finetune: Finetune | None = None,
     ) -> None:
         super().__init__()
         if unknown := sorted(set(weights) - set(objectives)):
@@ -58,7 +64,15 @@ class Training(pl.LightningModule):
         self.make_optimizer = optimizer
         self.make_schedule = schedule
         self.seed = seed
-        self.average = Average(self._trained(), ema) if ema is not None else None
+        self.ema = ema
+        self.finetune = finetune
+        self.average: Average | None = None
+        """The average of the weights, from `prepare` on."""
+        self.schedule = Schedule()
+        self._stage: int | None = None
+        """How many groups of the schedule train by now; None before `prepare`."""
+        self._frozen: dict[str, Any] | None = None
+        """What of each checkpoint never changes, once the first was saved."""
         self.size = (0, 0, 0)
         """Samples, tokens, and tokens with padding of the last training batch."""
         self.by_subset = True
@@ -70,6 +84,59 @@ class Training(pl.LightningModule):
         self._evaluation: Evaluation | None = None
         self._step_losses: list[dict[str, Tensor]] = []
 
+    # ------------------------------------------------------------------ what trains
+
+    def prepare(self) -> None:
+        """Freeze, adapt and start the average, once: to be called when the weights are loaded; else, a fit does it.
+
+        Raises:
+            ValueError: a pattern that matches nothing, or nothing that trains at the first step.
+        """
+        if self._stage is not None:
+            return
+        if self.finetune is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(counter_seed(self.seed, "adapters"))
+                self.schedule = self.finetune.apply(self.model)
+        self.schedule.set(self.model, self.schedule.last)
+        if self.ema is not None:
+            self.average = Average(self._trained(), self.ema)
+        self._set_stage(0)
+        if not any(p.requires_grad for p in self._trained().parameters()):
+            raise ValueError(
+                "everything is frozen at the first step: say what trains, as in module.finetune.train=[heads.*]"
+            )
+
+    def _set_stage(self, stage: int) -> None:
+        self.schedule.set(self.model, stage)
+        self._stage = stage
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Training:
+        """As of any module, but what is frozen stays in evaluation mode."""
+        super().train(mode)
+        rest(self.model)
+        return self
+
+    def setup(self, stage: str) -> None:
+        self.prepare()
+        strategy = self.trainer.strategy
+        if stage == "fit" and self.schedule.later and not isinstance(strategy, DDPStrategy | SingleDeviceStrategy):
+            raise ValueError(
+                f"module.finetune.unfreeze with {type(strategy).__name__}, which fixes what trains when it starts:"
+                " use one device or trainer=ddp"
+            )
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        stage = self.schedule.stage(self.global_step)
+        if stage == self._stage:
+            return
+        self._set_stage(stage)
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy):  # it gathers gradients only of what trained when it was wrapped
+            strategy.model = self
+            strategy.configure_ddp()
+
     def _trained(self) -> nn.ModuleDict:
         return nn.ModuleDict({"model": self.model, "objectives": self.objectives})
 
@@ -77,6 +144,11 @@ class Training(pl.LightningModule):
         """The model and the objectives that are judged and exported: their average where there is one."""
         parts = self._trained() if self.average is None else self.average.module
         return parts["model"], dict(parts["objectives"].items())  # pyright: ignore
+
+    def exported(self) -> tuple[Model, dict[str, Objective]]:
+        """What is evaluated, as it is saved for use: adapters are merged into the weights, and need no library."""
+        model, objectives = self.evaluated()
+        return merged(model), objectives
 
     # ------------------------------------------------------------------ training
 
@@ -165,14 +237,28 @@ class Training(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["trackers"] = {
-            "rows": [logger.rows for logger in self.loggers if isinstance(logger, MetricsCSV)],
+            "rows": {logger.path.name: logger.rows for logger in self._csv_files()},
             "wandb": [str(logger.version) for logger in self.loggers if type(logger).__name__ == "WandbLogger"],
         }
+        if self.schedule.never and self.trainer.is_global_zero:
+            self._frozen = self._frozen or self._describe_frozen(checkpoint["state_dict"])
+            checkpoint[frozen.KEY] = self._frozen
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        files = [logger for logger in self.loggers if isinstance(logger, MetricsCSV)]
-        for logger, rows in zip(files, checkpoint["trackers"]["rows"], strict=False):
-            logger.rewind(rows)
+        rows = checkpoint["trackers"]["rows"]
+        for logger in self._csv_files():
+            # by name: a run may go on with other loggers than it had, and one that is new has nothing to take back
+            logger.rewind(rows.get(logger.path.name, 0))
+
+    def _csv_files(self) -> list[MetricsCSV]:
+        return [logger for logger in self.loggers if isinstance(logger, MetricsCSV)]
+
+    def _describe_frozen(self, state: dict[str, Tensor]) -> dict[str, Any]:
+        places = ["model.", *(["average.module.model."] if self.average is not None else [])]
+        return frozen.describe(state, [f"{place}{name}" for place in places for name in self.schedule.never])
+
+    def on_fit_start(self) -> None:
+        self._frozen = None
 
     # ------------------------------------------------------------------ evaluation
 
@@ -241,8 +327,17 @@ class Training(pl.LightningModule):
     # ------------------------------------------------------------------ optimizer
 
     def configure_optimizers(self) -> Any:
+        # What trains later has its place from the start, but neither gradient, moments nor a step before its time: so
+        # any schedule of rates goes on for it, and the groups of a resumed run are those of the checkpoint.
+        now = self._stage or 0
+        self.schedule.set(self.model, self.schedule.last)
         optimizer = self.make_optimizer(self._trained())
+        self.schedule.set(self.model, now)
         schedule = self.make_schedule(optimizer, self.total_steps)
+        if len({group["lr"] for group in optimizer.param_groups}) > 1 or self.schedule != Schedule():
+            _say(f"optimizer:\n{describe_groups(optimizer, self._trained())}")
+            for step, names in self.schedule.later:
+                _say(f"   from step {step}: {len(names)} tensors, such as {min(names)}")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     @property
@@ -259,6 +354,11 @@ class Training(pl.LightningModule):
         for limit in (trainer.limit_train_batches, trainer.overfit_batches or 1.0):
             batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         return max(1, math.ceil(batches / trainer.accumulate_grad_batches))
+
+
+@rank_zero_only
+def _say(lines: str) -> None:
+    print(lines, flush=True)
 
 
 def _size(batch: Batch, encoded: Encoded) -> tuple[int, int, int]:

@@ -12,31 +12,61 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from mmformer.training.layer_decay import distances
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters, decayed and not: norms, biases, single vectors, positions and latents are not."""
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+
+def parameter_groups(module: nn.Module, lr: float, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters by learning rate and decay: norms, biases, vectors, positions and latents do not decay.
+
+    `layer_decay` multiplies the rate once for each layer above a parameter (`distances`); heads have all of it.
+    """
+    depth = distances(module) if layer_decay != 1 else {}
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     seen: set[nn.Parameter] = set()
     for owner_name, owner in module.named_modules():
         for name, parameter in owner.named_parameters(recurse=False):
             if parameter.requires_grad and parameter not in seen:
                 seen.add(parameter)
-                groups[_decays(f"{owner_name}.{name}", parameter)].append(parameter)
-    decayed = {"params": groups[True], "weight_decay": weight_decay}
-    return [group for group in (decayed, {"params": groups[False], "weight_decay": 0.0}) if group["params"]]
+                key = (depth.get(parameter, 0), not _decays(f"{owner_name}.{name}", parameter))
+                groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": params, "lr": lr * layer_decay**level, "weight_decay": 0.0 if bare else weight_decay}
+        for (level, bare), params in sorted(groups.items(), key=lambda group: group[0])
+    ]
 
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.squeeze().ndim > 1 and not any(word in name for word in ("position", "latent"))
 
 
-def adamw(module: nn.Module, *, lr: float, weight_decay: float, betas: Sequence[float]) -> AdamW:
+def adamw(module: nn.Module, *, lr: float, weight_decay: float, betas: Sequence[float], layer_decay: float) -> AdamW:
     """Fused AdamW over `parameter_groups`."""
-    groups = parameter_groups(module, weight_decay)
+    groups = parameter_groups(module, lr, weight_decay, layer_decay)
     if not groups:
         raise ValueError("no parameter requires a gradient: everything is frozen, so there is nothing to train")
     first, second = betas
     return AdamW(groups, lr=lr, betas=(first, second), fused=True)
+
+
+def describe_groups(optimizer: Optimizer, module: nn.Module) -> str:
+    """A table of an optimizer's groups: learning rate at its highest, weight decay, parameters, and of which parts."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    lines = ["   lr        decay  parameters  parts"]
+    for group in optimizer.param_groups:
+        parts = list(dict.fromkeys(_part(names[p]) for p in group["params"]))
+        shown = ", ".join(parts[:3]) + (f" and {len(parts) - 3} more" if len(parts) > 3 else "")
+        size = sum(p.numel() for p in group["params"])
+        rate = group.get("initial_lr", group["lr"])
+        lines.append(f"   {rate:<9.3g} {group['weight_decay']:<6g} {size:>10,}  {shown}")
+    return "\n".join(lines)
+
+
+def _part(name: str) -> str:
+    """What a parameter belongs to: a layer, where it lies in one, or a part of the model."""
+    words = name.removeprefix("model.").split(".")
+    numbers = [i for i, word in enumerate(words) if word.isdecimal() and words[i - 1] != "stages"]
+    layers = numbers if "embedder" not in words else []
+    return ".".join(words[: layers[0] + 1] if layers else words[: min(3, max(2, len(words) - 1))])
 
 
 def warmup_cosine(optimizer: Optimizer, total_steps: int, *, warmup: float, floor: float) -> LambdaLR:
@@ -73,14 +103,18 @@ def total_steps(max_steps: int, max_epochs: int | None, steps_per_epoch: int) ->
 
 
 class Average(nn.Module):
-    """An exponential moving average of a module's weights; other state (buffers) is copied."""
+    """An exponential moving average of a module's weights; other state (buffers) is copied.
+
+    A parameter that is frozen when the average is made is not copied but shared.
+    """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         super().__init__()
         if not 0 < decay < 1:
             raise ValueError(f"ema is {decay}: the decay must lie between 0 and 1, such as 0.999")
         self.decay = decay
-        self.module = deepcopy(module).requires_grad_(False).eval()
+        frozen = {id(p): p for p in module.parameters() if not p.requires_grad}
+        self.module = deepcopy(module, frozen).requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Average:
         """An average is never trained: it stays in evaluation mode."""
@@ -90,8 +124,11 @@ class Average(nn.Module):
     def update(self, module: nn.Module, step: int) -> None:
         """Take in the weights after optimizer step `step`, from 1 on; early steps count more: it starts warm."""
         decay = min(self.decay, step / (step + 9.0))
-        mine, theirs = list(self.module.parameters()), list(module.parameters())
-        torch._foreach_lerp_(_data(mine), _data(theirs), 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        pairs = zip(self.module.parameters(), module.parameters(), strict=True)
+        moving = [(ours, new) for ours, new in pairs if ours is not new]
+        if moving:
+            mine, theirs = zip(*moving, strict=True)
+            torch._foreach_lerp_(_data(mine), _data(theirs), 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
         for ours, new in zip(self.module.buffers(), module.buffers(), strict=True):
             ours.copy_(new)
 

@@ -11,6 +11,7 @@ from pytorch_lightning.callbacks import ProgressBar
 from rich.progress import BarColumn, Progress, TextColumn
 
 _SMOOTHING = 0.95
+_MOST_METRICS = 8  # the first are the important ones; the others stand in metrics.csv
 
 
 class ProgressLine(ProgressBar):
@@ -67,7 +68,7 @@ class ProgressLine(ProgressBar):
         self._before = time.monotonic()
         if trainer.state.fn != "fit" or trainer.sanity_checking or not trainer.is_global_zero or not self._enabled:
             return
-        metrics = "  ".join(f"{name} {value:.4g}" for name, value in found.items())
+        metrics = "  ".join(f"{name} {value:.4g}" for name, value in list(found.items())[:_MOST_METRICS])
         line = f"epoch {trainer.current_epoch}  step {trainer.global_step}  {metrics}  {self._line(trainer, bare=True)}"
         if self._bar is not None:
             self._bar.console.print(line, highlight=False)

@@ -25,12 +25,13 @@ from typing import Any
 import torch
 
 from mmformer.training.checkpointing import newest_whole
+from mmformer.training.module import Training
 from tests.training.toy import Toy, result, toy_trainer, toy_training
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One set-up of a run; `workers_after` are those of the run that goes on."""
+    """One set-up of a run; `workers_after` are those of the run that goes on, `make` its module with an average."""
 
     workers: int = 0
     workers_after: int = 0
@@ -40,6 +41,7 @@ class Case:
     every_n_steps: int = 3
     batch_tokens: int | None = None
     val_check_interval: float = 1.0
+    make: Callable[[float | None], Training] = toy_training
 
 
 CASES = (
@@ -60,7 +62,7 @@ def train(folder: Path, case: Case, workers: int, callbacks: Sequence[Any] = ())
         (folder / "metrics.csv").unlink(missing_ok=True)
     data = Toy(workers, batch_tokens=case.batch_tokens)
     data.setup()
-    module = toy_training(case.ema)
+    module = case.make(case.ema)
     options: dict[str, Any] = {"every_n_steps": case.every_n_steps, "val_check_interval": case.val_check_interval}
     trainer = toy_trainer(folder, case.steps, case.accumulate, callbacks=list(callbacks), **options)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint)

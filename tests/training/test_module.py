@@ -117,6 +117,23 @@ def test_only_what_is_not_frozen_moves(tmp_path):
     assert not any(name.startswith("encoders.image") for name in moved)
 
 
+def test_a_run_that_goes_on_with_more_csv_files_takes_back_the_rows_of_its_own(tmp_path):
+    fit(tmp_path, steps=6)  # last.ckpt holds 6 rows and a validation
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    rows = len(MetricsCSV(str(tmp_path / "metrics.csv"))._read())
+    with open(tmp_path / "metrics.csv", "a") as file:
+        file.write("99,99\n")  # of a step that was lost
+    module, data = toy_training(), Toy()
+    data.setup()
+    trainer = toy_trainer(tmp_path, steps=8)
+    trainer.loggers = [MetricsCSV(str(tmp_path / "second.csv")), *trainer.loggers]
+    trainer.fit(module, datamodule=data, ckpt_path=last)
+    own, second = (MetricsCSV(str(tmp_path / name))._read() for name in ("metrics.csv", "second.csv"))
+    assert [row["step"] for row in own if "train/loss" in row] == [str(step) for step in range(1, 9)]
+    assert len(own) > rows
+    assert [row["step"] for row in second if "train/loss" in row] == ["7", "8"]
+
+
 def test_two_batches_accumulated_log_their_mean(tmp_path):
     fit(tmp_path, steps=2, accumulate=2)
     rows = MetricsCSV(str(tmp_path / "metrics.csv"))._read()

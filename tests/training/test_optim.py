@@ -13,7 +13,7 @@ from tests.training.toy import toy_model
 def test_every_trainable_parameter_is_in_one_group_and_vectors_do_not_decay():
     model = toy_model()
     model.freeze(["encoders.image.*"])
-    decayed, kept = parameter_groups(model, 0.1)
+    decayed, kept = parameter_groups(model, 1e-3, 0.1, 1.0)
     trainable = [p for p in model.parameters() if p.requires_grad]
     assert {id(p) for p in (*decayed["params"], *kept["params"])} == {id(p) for p in trainable}
     assert len(decayed["params"]) + len(kept["params"]) == len(trainable)
@@ -27,12 +27,12 @@ def test_tied_weights_are_stepped_once():
     first = nn.Linear(4, 4)
     tied = nn.ModuleList([first, nn.Linear(4, 4)])
     tied[1].weight = first.weight
-    assert sum(len(group["params"]) for group in parameter_groups(tied, 0.1)) == 3
+    assert sum(len(group["params"]) for group in parameter_groups(tied, 1e-3, 0.1, 1.0)) == 3
 
 
 def test_nothing_to_train_is_refused():
     with pytest.raises(ValueError, match="everything is frozen"):
-        adamw(nn.Linear(2, 2).requires_grad_(False), lr=1.0, weight_decay=0.0, betas=[0.9, 0.99])
+        adamw(nn.Linear(2, 2).requires_grad_(False), lr=1.0, weight_decay=0.0, betas=[0.9, 0.99], layer_decay=1.0)
 
 
 @pytest.mark.parametrize("warmup", [0.2, 20.0])

@@ -24,6 +24,7 @@ from mmformer.pooling import MeanPool
 from mmformer.training.checkpointing import AtomicCheckpointIO
 from mmformer.training.checkpoints import Checkpoints
 from mmformer.training.data_errors import DataErrors
+from mmformer.training.finetune import Finetune
 from mmformer.training.loggers import MetricsCSV
 from mmformer.training.module import Training
 from mmformer.training.optim import adamw, warmup_cosine
@@ -96,16 +97,19 @@ def toy_model(dim: int = 16) -> Model:
     return Model(encoders, fusion, {"answer": Head(dim, 3)})
 
 
-def toy_training(ema: float | None = None, lr: float = 1e-2) -> Training:
+def toy_training(
+    ema: float | None = None, lr: float = 1e-2, layer_decay: float = 1.0, finetune: Finetune | None = None
+) -> Training:
     torch.manual_seed(7)
     return Training(
         toy_model(),
         {"answer": Classes("answer", "label")},
         weights={},
-        optimizer=partial(adamw, lr=lr, weight_decay=0.05, betas=(0.9, 0.98)),
+        optimizer=partial(adamw, lr=lr, weight_decay=0.05, betas=(0.9, 0.98), layer_decay=layer_decay),
         schedule=partial(warmup_cosine, warmup=0.1, floor=0.02),
         seed=5,
         ema=ema,
+        finetune=finetune,
     )
 
 
