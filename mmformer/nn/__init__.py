@@ -18,6 +18,7 @@ from mmformer.nn.position import (
     Rotary,
     Sinusoid,
     SinusoidTable,
+    StretchedGrid,
 )
 from mmformer.nn.quantize import FSQ, Quantized, Quantizer, ResidualVQ, VectorQuantizer
 from mmformer.nn.transformer import Transformer
@@ -48,6 +49,7 @@ __all__ = [
     "Scaled",
     "Sinusoid",
     "SinusoidTable",
+    "StretchedGrid",
     "Transformer",
     "VectorQuantizer",
 ]

@@ -63,6 +63,23 @@ class GridTable(nn.Module):
         return self.table[row, column]
 
 
+class StretchedGrid(nn.Module):
+    """A learned vector for each cell of a grid, stretched corner to corner over other grids (ViLT, 2102.03334).
+
+    It is called with the rows and columns of a whole item, not with single places.
+    """
+
+    def __init__(self, dim: int, rows: int, columns: int):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(rows, columns, dim) * 0.02)
+
+    def forward(self, grid: tuple[int, int]) -> Float[Tensor, "T D"]:
+        planes = self.table.permute(2, 0, 1)[None]
+        if grid != planes.shape[2:]:
+            planes = nn.functional.interpolate(planes, grid, mode="bilinear", align_corners=True)
+        return planes[0].permute(1, 2, 0).flatten(0, 1)
+
+
 class Sinusoid(nn.Module):
     """Fixed sines and cosines of each axis, an equal share of the channels for each (arXiv 1706.03762, 3.5).
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from mmformer.nn import Attention, BandScaling, LinearScaling, NormedRotary, Rotary
+from mmformer.nn import Attention, BandScaling, ConvolutionPosition, LinearScaling, NormedRotary, Rotary, SinusoidTable
+from mmformer.tokens import merge, to_padded
+from tests.helpers import packed_tokens
 
 
 def places(*times: int) -> torch.Tensor:
@@ -69,3 +71,43 @@ def test_normed_rotary_normalises_before_it_turns() -> None:
 def test_attention_with_a_bias_in_both_maps_or_one(bias, found: tuple[bool, bool]) -> None:
     part = Attention(8, 2, bias=bias)
     assert (part.qkv.bias is not None, part.out.bias is not None) == found
+
+
+@pytest.mark.parametrize(("kernel", "groups"), [(6, 3), (5, 1), (1, 2)])
+def test_a_convolution_over_neighbours_is_that_of_torch_for_each_item_alone(kernel: int, groups: int) -> None:
+    stage = ConvolutionPosition(6, kernel, groups)
+    for parameter in stage.parameters():
+        nn.init.normal_(parameter)
+    reference = nn.utils.parametrizations.weight_norm(
+        nn.Conv1d(6, 6, kernel, padding=kernel // 2, groups=groups), dim=2
+    )
+    held = {"original0": stage.scale, "original1": stage.direction}
+    reference.load_state_dict({"bias": stage.bias} | {f"parametrizations.weight.{n}": t for n, t in held.items()})
+    tokens = packed_tokens({3: 1, 0: 2, 1: 7, 4: 7}, 5, 6)
+    expected = []
+    for item in tokens.x[0].split(tokens.layout.lengths):
+        found = reference(item.T[None])[..., : len(item)]
+        expected.append(item + nn.functional.gelu(found[0].T))
+    torch.testing.assert_close(stage(tokens).x[0], torch.cat(expected))
+    padded = to_padded(tokens)
+    real = padded.valid
+    torch.testing.assert_close(to_padded(stage(tokens)).x[real], stage(padded).x[real])
+
+
+def test_padding_behind_the_last_item_stays_as_it_is() -> None:
+    stage, tokens = ConvolutionPosition(6, 4, 2), packed_tokens({0: 3, 1: 5}, 2, 6)
+    wide = merge([tokens], multiple=16)
+    found = stage(wide)
+    assert torch.equal(found.x[:, 8:], wide.x[:, 8:])
+    torch.testing.assert_close(found.x[:, :8], stage(tokens).x)
+    empty = packed_tokens({}, 2, 6)
+    assert stage(empty).x.shape == (1, 0, 6)
+
+
+def test_whisper_s_sines_turn_from_1_to_a_ten_thousandth_a_place() -> None:
+    table = SinusoidTable(10, 7)
+    rates = torch.tensor([1.0, 0.1, 0.01, 0.001, 0.0001])
+    place = places(0, 3, 6)
+    wanted = torch.cat([torch.sin(place[..., :1] * rates), torch.cos(place[..., :1] * rates)], -1)
+    torch.testing.assert_close(table(place), wanted)
+    assert not list(table.parameters())

@@ -18,6 +18,7 @@ from tests.checkpoints.families.recordings import (
     loaded_from,
     noise,
 )
+from tests.checkpoints.families.visions import epsilons
 from tests.checkpoints.oracles import batch, close, saved, scramble
 
 transformers = pytest.importorskip("transformers", reason="the oracle: pip install mmformer[transformers]")
@@ -65,6 +66,7 @@ def test_tokens_are_those_of_transformers(kind, variant, tmp_path) -> None:
     reference = made(kind, **VARIANTS[variant])
     loaded = loaded_from(reference, tmp_path)
     all_close(heard(loaded, batch(5, audio=CLIPS)), theirs(reference))
+    assert epsilons(loaded.model) == epsilons(reference)
     goes_back_to(reference, loaded, tmp_path)
     gradients_flow(loaded, batch(5, audio=CLIPS))
 

@@ -22,6 +22,7 @@ from tests.checkpoints.families.recordings import (
     loaded_from,
     noise,
 )
+from tests.checkpoints.families.visions import epsilons
 from tests.checkpoints.oracles import batch, close, saved, scramble
 
 transformers = pytest.importorskip("transformers", reason="the oracle: pip install mmformer[transformers]")
@@ -34,8 +35,10 @@ SHAPE = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3,
 }  # fmt: skip
 TEXTS = random_texts((1, 7, 4, 20, 12))
+WHOLE = (100,) * 5
+EVEN = (100, 64, 32, 2, 64)
 SHORT = (100, 31, 64, 31, 1)
-"""Frames of recordings that are not filled up to 100."""
+"""Frames of recordings that are, and that are not filled up to 100; the reference takes even numbers of them alone."""
 
 
 def made(kind: str = "WhisperForConditionalGeneration", **changes):
@@ -58,33 +61,32 @@ def theirs(reference, lengths, name: str, texts=TEXTS) -> list[torch.Tensor]:
     found = []
     for mel, text in zip(noise(*lengths, width=10), texts, strict=True):
         fitted = copy.deepcopy(reference)
-        places = (len(mel) + 1) // 2
+        places = len(mel) // 2
         encoder = fitted.get_encoder()
         encoder.config.max_source_positions = places
         encoder.embed_positions = torch.nn.Embedding.from_pretrained(encoder.embed_positions.weight[:places])
-        frames = torch.nn.functional.pad(mel.T, (0, len(mel) % 2))[None]
         with torch.inference_mode():
-            found.append(fitted(input_features=frames, decoder_input_ids=text[None])[name][0])
+            found.append(fitted(input_features=mel.T[None], decoder_input_ids=text[None])[name][0])
     return found
 
 
 @pytest.mark.parametrize("changes", [{}, {"activation_function": "relu"}, {"tie_word_embeddings": False}])
 def test_scores_of_the_whole_model_are_those_of_transformers(changes, tmp_path) -> None:
-    reference, lengths = made(**changes), (100,) * 5
+    reference = made(**changes)
     loaded = loaded_from(reference, tmp_path)
-    scores = [loaded.model.heads["vocabulary"](states).detach() for states in decoded(loaded, inputs(*lengths))]
-    all_close(scores, theirs(reference, lengths, "logits"))
+    scores = [loaded.model.heads["vocabulary"](states).detach() for states in decoded(loaded, inputs(*WHOLE))]
+    all_close(scores, theirs(reference, WHOLE, "logits"))
+    assert epsilons(loaded.model) == epsilons(reference) == {1e-5}
     goes_back_to(reference, loaded, tmp_path)
-    gradients_flow(loaded, inputs(*lengths))
+    gradients_flow(loaded, inputs(*WHOLE))
 
 
 def test_short_recordings_that_are_not_filled_up(tmp_path) -> None:
     reference = made("WhisperModel")
     loaded = loaded_from(reference, tmp_path)
     assert set(loaded.model.heads) == {"vocabulary"}  # tied to the words, so that it needs no tensor of its own
-    lengths = tuple(length for length in SHORT if length % 2 == 0) + (32, 2, 98)
-    all_close(heard(loaded, inputs(*lengths)), theirs(reference, lengths, "encoder_last_hidden_state"))
-    all_close(decoded(loaded, inputs(*lengths)), theirs(reference, lengths, "last_hidden_state"))
+    all_close(heard(loaded, inputs(*EVEN)), theirs(reference, EVEN, "encoder_last_hidden_state"))
+    all_close(decoded(loaded, inputs(*EVEN)), theirs(reference, EVEN, "last_hidden_state"))
     goes_back_to(reference, loaded, tmp_path)
 
 
@@ -96,9 +98,9 @@ def test_recordings_and_texts_do_not_see_those_of_other_samples(tmp_path) -> Non
 
 
 def test_the_decoder_is_causal(tmp_path) -> None:
-    loaded, lengths = loaded_from(made(), tmp_path), (100,) * 5
+    loaded = loaded_from(made(), tmp_path)
     changed = [torch.cat([text[:-1], (text[-1:] + 1) % 97]) for text in TEXTS]
-    for before, after in zip(*(decoded(loaded, inputs(*lengths, texts=t)) for t in (TEXTS, changed)), strict=True):
+    for before, after in zip(*(decoded(loaded, inputs(*WHOLE, texts=t)) for t in (TEXTS, changed)), strict=True):
         assert torch.equal(before[:-1], after[:-1])
         assert not torch.equal(before[-1], after[-1])
 
@@ -142,25 +144,26 @@ def test_longer_recordings_go_on_with_sines(tmp_path) -> None:
 
 
 def test_classes_are_those_of_transformers(tmp_path) -> None:
-    reference, lengths = made("WhisperForAudioClassification", classifier_proj_size=11, num_labels=7), (100,) * 3
+    reference = made("WhisperForAudioClassification", classifier_proj_size=11, num_labels=7)
     loaded = loaded_from(reference, tmp_path)
-    both = inputs(*lengths, texts=None)
+    both = inputs(*WHOLE, texts=None)
     with torch.inference_mode():
         ours = loaded.model.output(loaded.model.encode(both), "label", "audio")[0]
-        expected = [reference(mel.T[None]).logits[0] for mel in noise(*lengths, width=10)]
+        expected = [reference(mel.T[None]).logits[0] for mel in noise(*WHOLE, width=10)]
     close(ours, torch.stack(expected))
     goes_back_to(reference, loaded, tmp_path)
     gradients_flow(loaded, both, "label")
 
 
 def test_from_a_recording_to_scores_as_with_the_processor(tmp_path) -> None:
+    """One of exactly a second, one that is filled up and one that is cut; the floor is that of each recording."""
     reference = made()
     loaded_from(reference, tmp_path)
     extractor = transformers.WhisperFeatureExtractor(feature_size=10, chunk_length=1)
     extractor.save_pretrained(tmp_path)
     loaded = load(tmp_path)
     feature = build(loaded.described.features["audio"])
-    clips = noise(16_000, 9000, 20_000)  # exact, filled up, cut
+    clips = [loud * clip for loud, clip in zip((1, 0.01, 5), noise(16_000, 9000, 20_000), strict=True)]
     mels = [extractor(clip.numpy(), sampling_rate=16000, return_tensors="pt").input_features for clip in clips]
     both = batch(3, audio=[feature(clip) for clip in clips], text=TEXTS[:3])
     with torch.inference_mode():
@@ -209,15 +212,15 @@ DIMS = {
 
 
 def test_openai_s_layout(tmp_path) -> None:
-    reference, lengths = scramble(made()), (100,) * 5
+    reference = scramble(made())
     content = openai_file(reference, dims=DIMS)
     stored = content["model_state_dict"]
     torch.save(content, tmp_path / "tiny.pt")
     loaded = load(tmp_path / "tiny.pt")
     complete(loaded)
     assert loaded.family.library == "openai"
-    scores = [loaded.model.heads["vocabulary"](states).detach() for states in decoded(loaded, inputs(*lengths))]
-    all_close(scores, theirs(reference, lengths, "logits"))
+    scores = [loaded.model.heads["vocabulary"](states).detach() for states in decoded(loaded, inputs(*WHOLE))]
+    all_close(scores, theirs(reference, WHOLE, "logits"))
     goes_back(loaded, stored)
 
 
