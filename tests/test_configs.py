@@ -53,6 +53,7 @@ CHOICES = [
     *(f"debug={name}" for name in options("debug")),
     *(f"logger={name}" for name in options("logger")),
     *(f"callbacks={name}" for name in options("callbacks")),
+    *(f"hparams_search={name}" for name in options("hparams_search")),
     *(f"fusion@module.model.fusion={name}" for name in options("fusion")),
     *(f"data/tokenizer={name}" for name in options("data/tokenizer")),
     *(f"finetune={name}" for name in options("finetune")),

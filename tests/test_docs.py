@@ -110,9 +110,14 @@ def shown_overrides() -> list[list[str]]:
 
 @pytest.mark.parametrize("overrides", shown_overrides(), ids=" ".join)
 def test_shown_command_composes(overrides: list[str]) -> None:
-    command = [sys.executable, "train.py", *overrides, "--cfg", "job"]
+    command = [sys.executable, "train.py", *map(first_of_sweep, overrides), "--cfg", "job"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def first_of_sweep(override: str) -> str:
+    """`lr=1e-4,1e-3` as its first run has it: `lr=1e-4`."""
+    return override if "[" in override else override.split(",")[0]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

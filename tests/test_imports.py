@@ -16,7 +16,7 @@ PACKAGE = ROOT / "mmformer"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 PYTHON = [*SOURCES, *(path for path in [ROOT / "train.py"] if path.exists())]
 
-MODEL = ["batch", "tokens", "visibility pooling", "nn", "encoders fusion heads", "model", "objectives"]
+MODEL = ["batch", "tokens", "visibility pooling", "nn", "encoders fusion heads", "codec", "model", "objectives"]
 RANK = {part: rank for rank, parts in enumerate([*MODEL, "training"]) for part in parts.split()}
 """A part imports itself and parts of a lower rank; two parts of one rank do not know each other."""
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import runpy
+import shutil
 import signal
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
 
+from mmformer.cli import main as mmformer_command
 from tests.campaign.kill_resume import forked
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,6 +101,91 @@ def test_a_run_leaves_its_folder_and_says_what_to_do_next(rows):
     assert len((run / "metrics.csv").read_text().splitlines()) >= 8
 
 
+def brightness(folder: Path, label: Callable[[int], str]) -> Path:
+    """Forty pictures that are darker or lighter, with a label of whatever kind."""
+    lines = ["id,split,image,text,label"]
+    for i in range(40):
+        Image.new("L", (16, 16), 6 * i).save(folder / f"{i}.png")
+        split = ["train", "train", "train", "val", "test"][i % 5]
+        lines.append(f"r{i},{split},{i}.png,{'odd' if i % 2 else 'even'},{label(i)}")
+    (folder / "rows.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def predicted(run: Path, rows: Path) -> list[dict[str, str]]:
+    """What `mmformer predict` says of a manifest."""
+    out = rows.with_name("out.csv")
+    with pytest.raises(SystemExit) as caught:
+        mmformer_command(["predict", str(run), "--input", str(rows), "--output", str(out)])
+    assert not caught.value.code
+    with out.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_column_of_numbers_trains_a_regression(tmp_path):
+    rows = brightness(tmp_path, lambda i: f"{100 + i / 3:.2f}") / "rows.csv"
+    code, said = train(tmp_path, *SMALL)
+    assert code == 0, said
+    run = only_run(tmp_path)
+    assert {"val/mae", "test/rmse", "test/r2_ti"} <= set(json.loads((run / "metrics.json").read_text()))
+    assert "always the mean of training" in (run / "report.html").read_text()
+    table = predicted(run, rows)
+    assert list(table[0]) == ["id", "prediction", "fault"]
+    assert [row["id"] for row in table] == [f"r{i}" for i in range(40)]
+    assert all(90 < float(row["prediction"]) < 125 for row in table), "in the units of the column"
+
+
+def test_cells_of_several_labels_train_a_classifier_of_each(tmp_path):
+    said_of = lambda i: "|".join(["light"] * (i > 13) + ["odd"] * (i % 2) + ["any"])  # noqa: E731
+    rows = brightness(tmp_path, said_of) / "rows.csv"
+    code, said = train(tmp_path, *SMALL, "trainer.max_steps=12")
+    assert code == 0, said
+    run = only_run(tmp_path)
+    assert {"val/map", "test/f1", "test/map_t"} <= set(json.loads((run / "metrics.json").read_text()))
+    assert "mean average precision" in (run / "report.html").read_text()
+    table = predicted(run, rows)
+    assert list(table[0]) == ["id", "prediction", "confidence", "fault"]
+    for row in table:
+        labels, shares = row["prediction"].split("|"), row["confidence"].split("|")
+        assert set(labels) <= {"light", "odd", "any"}
+        assert len(labels) == len(shares)
+        assert all(float(share) >= 0.5 for share in shares)
+
+
+def test_a_retrieval_keeps_the_best_by_its_recall_and_shows_what_it_found(tmp_path):
+    brightness(tmp_path, str)
+    objective = ["objective@module.objectives=[contrastive]", "head@module.model.heads=[embedding]"]
+    code, said = train(tmp_path, *SMALL, *objective, "~fusion@module.model.fusion", "data.columns.label=null")
+    assert code == 0, said
+    run = only_run(tmp_path)
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert {"test/t2i_r@1", "test/i2t_r@10", "test/t2i_median_rank", "test/r@1"} <= set(metrics)
+    assert not [name for name in metrics if name.endswith("_ti")], "no embedding depends on other modalities"
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["monitor"], config["monitor_mode"]) == ("val/mean_recall", "max")
+    assert "What was found" in (run / "report.html").read_text()
+
+
+def test_compiled_layers_train_to_the_same_losses(rows):
+    if not any(map(shutil.which, ("g++", "clang++"))):
+        pytest.skip("needs a C++ compiler, as torch.compile does")
+    words = [*SMALL, "trainer.max_steps=3", f"data.path={rows / 'rows.csv'}", "test=false"]
+    code, said = train(rows, *words, "task_name=plain")
+    assert code == 0, said
+    # without the checks of types that a fork of this process has, and that no compiled code has
+    command = [sys.executable, str(ROOT / "train.py"), *words, "extras.compile=true", "task_name=compiled"]
+    done = subprocess.run(command, cwd=rows, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    losses = []
+    for name in ("plain", "compiled"):
+        (run,) = (rows / "runs" / name).iterdir()
+        with (run / "metrics.csv").open(newline="") as file:
+            cells = [(key, cell) for row in csv.DictReader(file) for key, cell in row.items()]
+        losses.append([float(cell) for key, cell in cells if "loss" in key and cell])
+    assert len(losses[0]) >= 4
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
 def test_a_killed_run_goes_on_to_the_same_numbers(rows):
     from mmformer.training.checkpoints import Checkpoints
 
@@ -163,10 +253,25 @@ def test_a_sweep_makes_a_folder_for_each_job(rows):
     assert "each process would start the whole sweep again" in said
 
 
+def test_the_sweep_of_learning_rates_keeps_and_ranks_what_it_reached(rows):
+    values = ["module.optimizer.lr=1e-3,1e-2", "seed=0", "trainer.max_steps=2"]
+    code, said = train(rows, *SMALL, "hparams_search=lr", *values)
+    assert code == 0, said
+    (sweep,) = (rows / "runs" / "t").iterdir()
+    with (sweep / "sweep.csv").open(newline="") as file:
+        jobs = list(csv.DictReader(file))
+    assert [job["module.optimizer.lr"] for job in jobs] == ["0.001", "0.01"]
+    for job in jobs:
+        metrics = json.loads((sweep / job["job"] / "metrics.json").read_text())
+        assert float(job["val/acc"]) == metrics["val/acc"]
+    assert "val/acc of 2 runs, best first" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["data.path=nowhere.csv"], "nowhere.csv"),
+        (["data.columns.label=null"], "predicts the label, and the data have none"),
         (["data.columns.image=photo"], "no column 'photo'"),
         (["trainer.precision=16-mixed"], "trainer.precision=16-mixed on a CPU"),
         (["trainer.max_epoch=1"], "did you mean 'trainer.max_epochs'?"),

@@ -99,7 +99,10 @@ def _many(predictor: Predictor, rows: Path, output: Path | None) -> None:
 def _row(answer: Answer) -> dict[str, Any]:
     row: dict[str, Any] = {"id": answer.id, "prediction": answer.prediction}
     if answer.probabilities is not None:
-        row["confidence"] = max(answer.probabilities.values(), default=None)
+        if isinstance(answer.prediction, list):  # of each label that is said
+            row["confidence"] = [answer.probabilities[label] for label in answer.prediction]
+        else:
+            row["confidence"] = max(answer.probabilities.values(), default=None)
     return row | {"fault": answer.fault}
 
 
@@ -126,6 +129,10 @@ def _write_separated(table: list[dict[str, Any]], file: Any, separator: str) -> 
     writer = csv.DictWriter(file, list(table[0]) if table else ["id", "prediction"], delimiter=separator)
     writer.writeheader()
     for row in table:
-        # Several labels are written as a manifest writes them.
-        joined = {k: "|".join(v) if isinstance(v, list) else v for k, v in row.items()}
+        # Several labels are written as a manifest writes them, their probabilities in the same order.
+        joined = {k: "|".join(map(_cell, v)) if isinstance(v, list) else v for k, v in row.items()}
         writer.writerow(joined)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

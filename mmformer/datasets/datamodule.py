@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -112,7 +115,7 @@ class Loaders(pl.LightningDataModule):
             persistent_workers=workers > 0,
             timeout=self.loading.timeout if workers else 0,
             pin_memory=self.loading.pin_memory,
-            worker_init_fn=_ignore_interrupt,
+            worker_init_fn=_start_worker,
         )
 
     def train_dataloader(self) -> Loader:
@@ -137,15 +140,27 @@ def _same(batch: Any) -> Batch:
     return batch
 
 
-def _ignore_interrupt(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     # Ctrl-C reaches every process of the terminal; the main one decides, and still needs its workers to finish a step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this worker when its parent is gone, however that ended and whatever the worker is doing.
+
+    PyTorch's worker looks for its parent only between two batches and compares with the process that it has for a
+    parent once it is set up: one whose parent is killed before that waits for ever, and so does one with more to hand
+    over than a pipe holds, as its own copy of the reading end keeps the pipe open.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 AUTO = "auto"
 """In place of a column's name: the column that is called like what it is for, if there is one."""
-
-_MONITOR = {"Classes": ("val/acc", "max"), "Labels": ("val/map", "max"), "Number": ("val/mae", "min")}
 
 
 def open_manifest(
@@ -205,7 +220,6 @@ class DataModule(Loaders):
         """What a model must know of the data, in plain values."""
         targets = ({"label": self.manifest.label} if self.manifest.label else {}) | self.targets
         label = targets.get("label")
-        monitor, mode = _MONITOR[label.kind] if label else ("val/loss", "min")
         return {
             "modalities": list(self.features),
             "vocab_size": self.tokenizer.vocab_size if self.tokenizer else None,
@@ -216,8 +230,6 @@ class DataModule(Loaders):
             "label_names": list(label.names) if label else None,
             "columns": {name: cells.name for name, cells in self.manifest.inputs.items()},
             "targets": {name: _describe(target) for name, target in targets.items()},
-            "monitor": monitor,
-            "monitor_mode": mode,
         }
 
     def summary(self) -> list[str]:

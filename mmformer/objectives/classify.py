@@ -12,12 +12,19 @@ from mmformer.model import Encoded, Model
 from mmformer.objectives.objective import Objective
 
 
+def _logits(model: Model, encoded: Encoded, head: str, source: str | None) -> dict[str, Tensor]:
+    logits, present = model.output(encoded, head, source)
+    return {"logits": logits.float(), "present": present}
+
+
 class Classes(Objective):
     """One of several classes, by cross-entropy.
 
     `head` of the model reads the fused vector, or the mean of one modality where `source` names it. Samples without
     the target or without the source count for nothing.
     """
+
+    headline = ("acc", "max")
 
     def __init__(self, head: str, target: str, source: str | None = None, smoothing: float = 0.0):
         super().__init__()
@@ -32,8 +39,7 @@ class Classes(Objective):
         return {"loss": total / (target != -100).sum().clamp(min=1)}
 
     def predict(self, model: Model, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
-        logits, present = model.output(encoded, self.head, self.source)
-        return {"logits": logits.float(), "present": present}
+        return _logits(model, encoded, self.head, self.source)
 
     def meter(self) -> ClassMeter:
         return ClassMeter(self.target)
@@ -67,6 +73,8 @@ class ClassMeter:
 class Labels(Objective):
     """Any number of classes at once, by binary cross-entropy; NaN in the target leaves that class out of the loss."""
 
+    headline = ("map", "max")
+
     def __init__(self, head: str, target: str, source: str | None = None):
         super().__init__()
         self.head, self.target, self.source = head, target, source
@@ -79,8 +87,7 @@ class Labels(Objective):
         return {"loss": (losses * known).sum() / known.sum().clamp(min=1)}
 
     def predict(self, model: Model, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
-        logits, present = model.output(encoded, self.head, self.source)
-        return {"logits": logits.float(), "present": present}
+        return _logits(model, encoded, self.head, self.source)
 
     def meter(self) -> LabelMeter:
         return LabelMeter(self.target)
@@ -125,6 +132,8 @@ def average_precision(scores: Float[Tensor, " n"], wanted: Float[Tensor, " n"]) 
 
 class Number(Objective):
     """A number, by mean squared error in units of the head's standard deviation."""
+
+    headline = ("mae", "min")
 
     def __init__(self, head: str, target: str, source: str | None = None):
         super().__init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import combinations
+from itertools import combinations, permutations
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmformer.batch import Batch
 from mmformer.model import Encoded, Model
-from mmformer.objectives.objective import Objective
+from mmformer.objectives.objective import Objective, letters
 
 PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -45,6 +45,9 @@ class Contrastive(Objective):
     Raises:
         ValueError: fewer than two modalities.
     """
+
+    headline = ("mean_recall", "max")
+    by_subset = False  # a modality is embedded from itself alone
 
     def __init__(self, modalities: Sequence[str], loss: PairLoss, scale: float, bias: float | None = None):
         super().__init__()
@@ -83,39 +86,70 @@ class Contrastive(Objective):
         return RetrievalMeter(self.modalities)
 
 
-class RetrievalMeter:
-    """Recall at 1, 5 and 10 and the mean rank, from each modality to each other one.
+RECALL_AT = (1, 5, 10)
 
-    A query finds its own sample; a wrong item with the same score counts as half in front of it. Names are like
-    `t2i_r@1`, by the modalities' first letters.
+
+class RetrievalMeter:
+    """Retrieval from each modality to each other one, among the samples of the split that have both.
+
+    Metrics by direction, such as text to image: the share of queries that find their own sample among the first 1, 5
+    and 10 (`t2i_r@1`, ...) and the median of the ranks at which they find it (`t2i_median_rank`). Over all directions:
+    the mean recall at each cut (`r@1`, ...) and the mean of all recalls (`mean_recall`, which is RSUM divided by its
+    number of terms). A retrieval by chance among n samples has r@k = k / n and a median rank of (n + 1) / 2.
     """
 
     def __init__(self, modalities: Sequence[str], chunk: int = 1024):
         self.modalities, self.chunk = list(modalities), chunk
-        self.rows: dict[str, list[Tensor]] = {name: [] for name in self.modalities}
+        self._rows: dict[str, list[Tensor]] = {name: [] for name in self.modalities}
 
     def update(self, prediction: dict[str, Tensor], batch: Batch) -> None:
         dim = next((value.shape[1] for value in prediction.values()), 0)
         for name in self.modalities:
             rows = prediction.get(name)
-            self.rows[name].append(torch.full((len(batch), dim), torch.nan) if rows is None else rows.float().cpu())
+            self._rows[name].append(torch.full((len(batch), dim), torch.nan) if rows is None else rows.float().cpu())
+
+    def embeddings(self) -> dict[str, Float[Tensor, "N D"]]:
+        """Of every sample so far by modality, NaN where it lacks it; without modalities that no sample has."""
+        dim = max((part.shape[1] for parts in self._rows.values() for part in parts), default=0)
+        joined = {
+            name: torch.cat([part if part.shape[1] else part.new_full((len(part), dim), torch.nan) for part in parts])
+            for name, parts in self._rows.items()
+            if parts
+        }
+        return {name: rows for name, rows in joined.items() if not rows.isnan().all()}
 
     def compute(self) -> dict[str, float]:
-        found = {name: torch.cat(rows) for name, rows in self.rows.items() if rows and any(r.shape[1] for r in rows)}
-        out: dict[str, float] = {}
-        for one, other in combinations(found, 2):
+        letter = letters(self.modalities)
+        found, recalls, medians = self.embeddings(), {}, {}
+        for one, other in permutations(filter(found.__contains__, letter), 2):
             both = ~(found[one].isnan().any(1) | found[other].isnan().any(1))
-            a, b = found[one][both], found[other][both]
-            if len(a):
-                out |= self._recall(f"{one[0]}2{other[0]}", a, b) | self._recall(f"{other[0]}2{one[0]}", b, a)
-        return out
+            if both.any():
+                ranks = retrieval_ranks(found[one][both], found[other][both], self.chunk)
+                direction = f"{letter[one]}2{letter[other]}"
+                recalls |= {(direction, k): float((ranks <= k).double().mean()) for k in RECALL_AT}
+                medians[f"{direction}_median_rank"] = float(ranks.double().quantile(0.5))
+        if not recalls:
+            return {}
+        means = {f"r@{k}": _mean([value for (_, at), value in recalls.items() if at == k]) for k in RECALL_AT}
+        single = {f"{direction}_r@{k}": value for (direction, k), value in recalls.items()}
+        return {"mean_recall": _mean(list(recalls.values()))} | means | single | medians
 
-    def _recall(self, name: str, queries: Float[Tensor, "n D"], keys: Float[Tensor, "n D"]) -> dict[str, float]:
-        ranks = []
-        for start in range(0, len(queries), self.chunk):
-            scores = queries[start : start + self.chunk] @ keys.T
-            own = scores.diagonal(start)[:, None]
-            ranks.append((scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2 + 1)
-        rank = torch.cat(ranks)
-        recalls = {f"{name}_r@{k}": float((rank <= k).double().mean()) for k in (1, 5, 10)}
-        return {**recalls, f"{name}_mean_rank": float(rank.double().mean())}
+
+def retrieval_ranks(
+    queries: Float[Tensor, "N D"], keys: Float[Tensor, "N D"], chunk: int = 1024
+) -> Float[Tensor, " N"]:
+    """At which rank, from 1, each query finds the key of its own row; `chunk` queries are scored at a time.
+
+    The rank is 1 + the keys that score higher + half the others that score the same, so that a model that gives all
+    keys one score is judged as chance is, and not by the order of the rows.
+    """
+    ranks = []
+    for start in range(0, len(queries), chunk):
+        scores = queries[start : start + chunk] @ keys.T
+        own = scores.diagonal(start)[:, None]
+        ranks.append((scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2 + 1)
+    return torch.cat(ranks)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from mmformer.batch import Batch
 from mmformer.model import Encoded, Model
+
+_ORDER = ("text", "image", "audio")
 
 
 @runtime_checkable
@@ -19,8 +22,26 @@ class Meter(Protocol):
     def compute(self) -> dict[str, float]: ...
 
 
+def letters(modalities: Sequence[str]) -> dict[str, str]:
+    """One letter for each modality, in the order text, image, audio, others: its first that is still free."""
+    ordered = [m for m in _ORDER if m in modalities] + sorted(set(modalities) - set(_ORDER))
+    out: dict[str, str] = {}
+    for name in ordered:
+        free = (c for c in (*name.lower(), *"abcdefghijklmnopqrstuvwxyz0123456789") if c.isalnum())
+        out[name] = next(c for c in free if c not in out.values())
+    return out
+
+
 class Objective(nn.Module):
-    """A loss over a model: it may fuse, use the model's heads and hold state of its own (queues, temperatures)."""
+    """A loss over a model: it may fuse, use the model's heads and hold state of its own (queues, temperatures).
+
+    `headline` is the metric of its meter that the best checkpoint is chosen by, and whether it should become "min" or
+    "max"; None leaves that to the loss. `by_subset` says whether what it predicts depends on which modalities a sample
+    has, so that it is worth judging for each subset of them.
+    """
+
+    headline: ClassVar[tuple[str, Literal["min", "max"]] | None] = None
+    by_subset: ClassVar[bool] = True
 
     def forward(self, model: Model, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
         """Named scalar losses; empty when no sample of the batch has what the objective needs."""

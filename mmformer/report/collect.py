@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +14,36 @@ from torch import Tensor
 
 from mmformer.batch import Batch
 from mmformer.datasets.manifest import Manifest
-from mmformer.objectives.objective import Objective
+from mmformer.objectives.contrastive import RetrievalMeter, retrieval_ranks
+from mmformer.objectives.objective import Objective, letters
 from mmformer.report.data import count_data, manifest_media, manifest_rows, training_majority
 from mmformer.report.predictions import Answers, write_predictions
 from mmformer.report.report import write_report
+from mmformer.report.retrieval import SHOWN, Retrieved
 from mmformer.report.run import describe_run, read_faults
 
 
 class Collector:
     """Keeps the predictions of the first objective that has a target, for each subset of the modalities.
 
-    `update` takes what `Evaluation.judge` yields. The predictions are kept on the CPU.
+    And the embeddings of the first objective that is judged by retrieval. `update` takes what `Evaluation.judge`
+    yields. All is kept on the CPU.
     """
 
     def __init__(self, objectives: Mapping[str, Objective]):
         targets = {name: getattr(objective, "target", None) for name, objective in objectives.items()}
         self.objective, self.target = next(((n, t) for n, t in targets.items() if t is not None), (None, None))
         self._found: dict[str, list[tuple[tuple[str, ...], Tensor, Tensor, Tensor]]] = {}
+        meters = {name: objective.meter() for name, objective in objectives.items()}
+        judged = ((name, meter) for name, meter in meters.items() if isinstance(meter, RetrievalMeter))
+        self._retrieval, self._meter = next(judged, (None, None))
+        self._embedded: list[str] = []
 
     def update(self, objective: str, subset: str, prediction: Mapping[str, Tensor], batch: Batch) -> None:
         """Keep one batch; predictions of other objectives are passed over."""
+        if self._meter is not None and objective == self._retrieval and not subset:
+            self._meter.update(dict(prediction), batch)
+            self._embedded += batch.ids
         if objective != self.objective or self.target not in batch.targets:
             return
         outputs = prediction["logits" if "logits" in prediction else "value"]
@@ -42,13 +54,27 @@ class Collector:
         """What `write_predictions` takes; empty when no objective has a target."""
         return {subset: _join(parts) for subset, parts in self._found.items()}
 
+    def retrieved(self) -> dict[str, Retrieved]:
+        """What was retrieved in each direction (`t2i`); empty when no objective is judged by retrieval."""
+        if self._meter is None or not self._embedded:
+            return {}
+        first = _first(self._embedded)
+        found = {name: rows[first] for name, rows in self._meter.embeddings().items()}
+        ids, letter = np.array(self._embedded)[first], letters(self._meter.modalities)
+        out = {}
+        for one, other in permutations(filter(found.__contains__, letter), 2):
+            both = ~(found[one].isnan().any(1) | found[other].isnan().any(1))
+            if both.any():
+                kept = tuple(ids[both.numpy()].tolist())
+                direction = f"{letter[one]}2{letter[other]}"
+                out[direction] = _retrieve((one, other), kept, found[one][both], found[other][both])
+        return out
+
 
 def _join(parts: list[tuple[tuple[str, ...], Tensor, Tensor, Tensor]]) -> Answers:
     ids, outputs, targets, present = zip(*parts, strict=True)
     names = tuple(name for part in ids for name in part)
-    # Processes pad their shares with repeated samples: the first counts.
-    first = np.unique(np.array(names), return_index=True)[1]
-    first.sort()
+    first = _first(names)
 
     def rows(tensors: tuple[Tensor, ...]) -> np.ndarray:
         return torch.cat(tensors).numpy()[first]
@@ -58,18 +84,38 @@ def _join(parts: list[tuple[tuple[str, ...], Tensor, Tensor, Tensor]]) -> Answer
     )
 
 
-def report_test(folder: Path, collector: Collector, manifest: Manifest, names: Sequence[str], **facts: Any) -> Path:
+def _first(names: Sequence[str]) -> np.ndarray:
+    """Where each name stands first: processes pad their shares with repeated samples."""
+    return np.sort(np.unique(np.array(names), return_index=True)[1])
+
+
+def _retrieve(modalities: tuple[str, str], ids: tuple[str, ...], queries: Tensor, keys: Tensor) -> Retrieved:
+    found = [(part @ keys.T).topk(min(SHOWN, len(keys))) for part in queries.split(1024)]
+    return Retrieved(
+        query=modalities[0],
+        key=modalities[1],
+        ids=ids,
+        ranks=retrieval_ranks(queries, keys).numpy(),
+        best=torch.cat([part.indices for part in found]).numpy(),
+        scores=torch.cat([part.values for part in found]).numpy(),
+    )
+
+
+def report_test(
+    folder: Path, collector: Collector, manifest: Manifest, names: Sequence[str], started: datetime, **facts: Any
+) -> Path:
     """Write what a run leaves for people, after its test and its `metrics.json`: the path of `report.html`.
 
     Writes `predictions.parquet` and `run.json` too. `names` are the labels of the collected target, `facts` plain
     values for the header, as `describe_run` takes them (`seconds`, `parameters`, `device`).
     """
-    answers = collector.answers()
-    if answers:
-        ids = answers[""].ids
-        write_predictions(folder, answers, names, manifest_rows(manifest, ids), _faults(folder))
+    answers, retrieved = collector.answers(), collector.retrieved()
+    if answers or retrieved:
+        ids = dict.fromkeys(id for part in (*answers.values(), *retrieved.values()) for id in part.ids)
+        rows = manifest_rows(manifest, ids)
+        write_predictions(folder, answers, names, rows, _faults(folder), retrieved=retrieved)
     known = {"majority": training_majority(manifest)} if collector.target == "label" else {}
-    describe_run(folder, data=count_data(manifest), **known, **facts)
+    describe_run(folder, started, data=count_data(manifest), **known, **facts)
     return write_report(folder, manifest_media(manifest))
 
 

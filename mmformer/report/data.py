@@ -11,7 +11,7 @@ import numpy as np
 
 from mmformer.datasets.manifest import ABSENT, Manifest, read_manifest
 from mmformer.datasets.splits import SPLITS, TRAIN
-from mmformer.report.samples import Media
+from mmformer.report.show import Media
 
 AUTO = "auto"
 

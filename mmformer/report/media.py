@@ -27,24 +27,24 @@ class Picture:
     small: bool
 
 
-def picture(data: bytes) -> Picture:
-    """A picture file of any format, upright and at most `SIDE` pixels on its longer side.
+def picture(data: bytes, side: int = SIDE) -> Picture:
+    """A picture file of any format, upright and at most `side` pixels on its longer side.
 
     Raises:
         ValueError: not a picture, truncated, or above `MAX_PIXELS`.
     """
     from mmformer.datasets.decode import decode_image  # imports torch, which listing runs does without
 
-    pixels = Image.fromarray(decode_image(data, MAX_PIXELS, reduce_to=SIDE).numpy())
+    pixels = Image.fromarray(decode_image(data, MAX_PIXELS, reduce_to=side).numpy())
     small = max(pixels.size) <= SMALL
-    pixels.thumbnail((SIDE, SIDE))
+    pixels.thumbnail((side, side))
     out = io.BytesIO()
     pixels.save(out, "PNG", optimize=True)
     return Picture(_address("image/png", out.getvalue()), small)
 
 
-def sound(data: bytes) -> str:
-    """A sound file of any format as the `data:` address of a mono WAV: its first `SECONDS` at `RATE` Hz at most.
+def sound(data: bytes, seconds: int = SECONDS) -> str:
+    """A sound file of any format as the `data:` address of a mono WAV: its first `seconds` at `RATE` Hz at most.
 
     Raises:
         ValueError: not a sound, or without a sample.
@@ -52,7 +52,7 @@ def sound(data: bytes) -> str:
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             rate = file.samplerate
-            samples = file.read(SECONDS * rate, dtype="float32", always_2d=True).mean(1)
+            samples = file.read(seconds * rate, dtype="float32", always_2d=True).mean(1)
     except soundfile.LibsndfileError as error:
         raise ValueError(f"not a readable sound: {error}") from error
     if not len(samples):

@@ -9,6 +9,8 @@
 | `probabilities` | of every label, in the order of the labels in the file's metadata; left out above 200 labels |
 | `top` | the five most probable labels with their probabilities |
 | `loss` | cross-entropy, mean binary cross-entropy, or squared error |
+| `rank_<a>2<b>` | retrieval from one modality to another (`rank_t2i`): at which rank the sample found itself, from 1 |
+| `found_<a>2<b>` | and the five samples that came first, each with its `id` and its `score`, a cosine |
 | `fault` | what of the sample could not be read |
 | others | the manifest's own columns, `text` among them; media as references |
 """
@@ -25,6 +27,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Float, Shaped
+
+from mmformer.report.retrieval import Retrieval, Retrieved
 
 FILE = "predictions.parquet"
 MOST_PROBABILITIES = 200
@@ -116,39 +120,50 @@ def write_predictions(
     rows: Mapping[str, Mapping[str, Any]] | None = None,
     faults: Mapping[str, str] | None = None,
     split: str = "test",
+    retrieved: Mapping[str, Retrieved] | None = None,
 ) -> Path:
     """Write `predictions.parquet` into a run folder.
 
     `answers[""]` are from everything a sample has; the other keys are subsets of the modalities by their initials.
     `labels` name the columns of the outputs. `rows[id]` holds the manifest's columns of a sample, `faults[id]` says
-    what of it could not be read.
+    what of it could not be read. `retrieved` is by direction (`t2i`); without answers it gives the samples itself.
 
     Raises:
         ValueError: no answers from all modalities, or another number of labels than of outputs.
     """
+    labels, retrieved = [str(label) for label in labels], retrieved or {}
+    ids = answers[""].ids if "" in answers else tuple(dict.fromkeys(i for part in retrieved.values() for i in part.ids))
+    columns: dict[str, Any] = {"id": list(ids), "split": [split] * len(ids)}
+    about: dict[str, Any] = {"directions": {name: (part.query, part.key) for name, part in retrieved.items()}}
+    if answers or not retrieved:
+        columns |= _answer_columns(answers, labels)
+        about |= {"kind": answers[""].kind, "labels": labels, "subsets": [s for s in answers if s]}
+    for direction, part in retrieved.items():
+        columns |= part.columns(direction, ids)
+    columns["fault"] = [(faults or {}).get(id) for id in ids]
+    extra = _manifest_columns(ids, rows or {}, columns.keys())
+    about["extra"] = list(extra)
+    table = pa.table(columns | extra).replace_schema_metadata({"mmformer": json.dumps(about)})
+    run.mkdir(parents=True, exist_ok=True)
+    temporary = run / f".{FILE}.tmp"
+    pq.write_table(table, temporary, compression="zstd")
+    return temporary.replace(run / FILE)
+
+
+def _answer_columns(answers: Mapping[str, Answers], labels: Sequence[str]) -> dict[str, Any]:
     if "" not in answers:
         raise ValueError(f"answers only for subsets {sorted(answers)}: those from all modalities (key '') are missing")
     full = answers[""]
-    labels = [str(label) for label in labels]
     if full.kind != "Number" and full.outputs.shape[1] != len(labels):
         raise ValueError(f"{full.outputs.shape[1]} outputs but {len(labels)} labels: give one name for each output")
-    columns: dict[str, Any] = {"id": list(full.ids), "split": [split] * len(full.ids)}
-    columns["target"] = wanted(full, labels)
+    columns: dict[str, Any] = {"target": wanted(full, labels)}
     for subset, part in answers.items():
         decided = zip(part.ids, decide(part.outputs, part.kind, labels), part.answered, strict=True)
         said = {id: answer for id, answer, answered in decided if answered}
         columns[f"prediction_{subset}" if subset else "prediction"] = [said.get(id) for id in full.ids]
     if full.kind != "Number":
         columns |= _probability_columns(full, labels)
-    columns["loss"] = sample_losses(full).astype(np.float32)
-    columns["fault"] = [(faults or {}).get(id) for id in full.ids]
-    columns |= _manifest_columns(full.ids, rows or {}, columns.keys())
-    about = {"kind": full.kind, "labels": labels, "subsets": [s for s in answers if s]}
-    table = pa.table(columns).replace_schema_metadata({"mmformer": json.dumps(about)})
-    run.mkdir(parents=True, exist_ok=True)
-    temporary = run / f".{FILE}.tmp"
-    pq.write_table(table, temporary, compression="zstd")
-    return temporary.replace(run / FILE)
+    return columns | {"loss": sample_losses(full).astype(np.float32)}
 
 
 def _probability_columns(answers: Answers, labels: Sequence[str]) -> dict[str, Any]:
@@ -179,12 +194,13 @@ def _manifest_columns(
 
 @dataclass(frozen=True)
 class Predictions:
-    """`predictions.parquet`, read."""
+    """The answers in `predictions.parquet`, read; `extra` names the columns that come from the manifest."""
 
     table: pa.Table
     kind: Kind
     labels: tuple[str, ...]
     subsets: tuple[str, ...]
+    extra: tuple[str, ...]
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -195,11 +211,6 @@ class Predictions:
     def rows(self, places: Sequence[int]) -> list[dict[str, Any]]:
         """Samples by their place, each a dict of its columns."""
         return self.table.take(pa.array(places, pa.int64())).to_pylist()
-
-    @property
-    def extra(self) -> list[str]:
-        """Names of the columns that come from the manifest."""
-        return [n for n in self.table.column_names if n not in OWN and not n.startswith("prediction_")]
 
     def scores(self, subset: str = "") -> Float[np.ndarray, " N"]:
         """How good each answer is, NaN where there is none: 1 for right and 0 for wrong, or the absolute error."""
@@ -212,17 +223,32 @@ class Predictions:
 
 
 def read_predictions(run: Path) -> Predictions | None:
-    """What `write_predictions` wrote; None where it wrote nothing.
+    """The answers that `write_predictions` wrote; None where it wrote none.
 
     Raises:
         ValueError: the file is damaged or of another program.
     """
+    table, about = _read(run)
+    if table is None or "kind" not in about:
+        return None
+    return Predictions(table, about["kind"], *(tuple(about[name]) for name in ("labels", "subsets", "extra")))
+
+
+def read_retrieval(run: Path) -> Retrieval | None:
+    """The retrieval that `write_predictions` wrote; None where it wrote none. Raises as `read_predictions`."""
+    table, about = _read(run)
+    if table is None or not about.get("directions"):
+        return None
+    directions = {name: (query, key) for name, (query, key) in about["directions"].items()}
+    return Retrieval(table, directions, tuple(about["extra"]))
+
+
+def _read(run: Path) -> tuple[pa.Table | None, dict[str, Any]]:
     path = run / FILE
     if not path.exists():
-        return None
+        return None, {}
     try:
         table = pq.read_table(path)
-        about = json.loads((table.schema.metadata or {})[b"mmformer"])
+        return table, json.loads((table.schema.metadata or {})[b"mmformer"])
     except (pa.ArrowInvalid, KeyError, ValueError, OSError) as error:
         raise ValueError(f"{path} is damaged or was not written by mmformer ({error}): run the test again") from error
-    return Predictions(table, about["kind"], tuple(about["labels"]), tuple(about["subsets"]))

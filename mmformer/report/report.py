@@ -9,14 +9,15 @@ from typing import Any
 
 import yaml
 
-from mmformer.report import results, samples
+from mmformer.report import gallery, results, samples
 from mmformer.report.html import Markup, render, tag
 from mmformer.report.run import Run, read_run
+from mmformer.report.show import Media
 
 FILE = "report.html"
 
 
-def write_report(run_folder: Path | str, media: samples.Media | None = None) -> Path:
+def write_report(run_folder: Path | str, media: Media | None = None) -> Path:
     """Write `report.html` into a run folder from what lies there, and return its path.
 
     `media` reads the file in a column of a sample; where None, it is found through the manifest that the run's config
@@ -34,7 +35,7 @@ def write_report(run_folder: Path | str, media: samples.Media | None = None) -> 
     return temporary.replace(run.folder / FILE)
 
 
-def _media(run: Run) -> samples.Media:
+def _media(run: Run) -> Media:
     from mmformer.report.data import media_of  # imports torch, which listing runs does without
 
     return media_of(run.config) or read_path
@@ -45,14 +46,16 @@ def read_path(row: Mapping[str, Any], column: str) -> bytes | None:
     return Path(row[column]).read_bytes() if row.get(column) else None
 
 
-def build(run: Run, media: samples.Media) -> Markup:
+def build(run: Run, media: Media) -> Markup:
     """The page as a string."""
     sections = [
         results.header(run),
+        gallery.recalls(run),
         results.curves(run),
         results.subsets(run),
         results.groups(run),
         results.confusions(run),
+        gallery.gallery(run, media),
         samples.errors(run, media),
         samples.data(run),
         samples.faults(run),

@@ -10,6 +10,7 @@ import numpy as np
 
 from mmformer.report.html import Markup, section, table, tag
 from mmformer.report.predictions import Predictions
+from mmformer.report.retrieval import Retrieval, chance
 from mmformer.report.run import Run
 from mmformer.report.statistics import bootstrap_mean, calibration_error, confusion, majority
 from mmformer.report.svg import Series, bar, line_chart
@@ -21,13 +22,20 @@ HEADLINES = {
     "mae": "mean absolute error",
     "r2": "R\u00b2",
     "rmse": "root mean squared error",
+    "r@1": "recall at 1",
+    "r@5": "recall at 5",
+    "r@10": "recall at 10",
+    "mean_recall": "mean recall",
     "loss": "loss",
 }
 """The metric to lead with: the first of these that a run has."""
-SHARES = frozenset({"acc", "f1", "map", "r@1", "r@5", "r@10", "precision", "recall", "auroc", "top5"})
+SHARES = frozenset({"acc", "f1", "map", "r@1", "r@5", "r@10", "mean_recall", "precision", "recall", "auroc", "top5"})
 INITIALS = {"t": "text", "i": "image", "a": "audio", "v": "video"}
 COLORS = {"train": 1, "val": 2, "": 3}
 INPUTS = frozenset({"text", "image", "audio"})
+DIRECTION = re.compile(r"(\w2\w)_(.+)")
+"""A metric of retrieval in one direction: `t2i_r@1`."""
+BY_DIRECTION = " by direction"
 MOST_CLASSES = 24
 MOST_GROUPS = 30
 
@@ -84,7 +92,7 @@ def header(run: Run) -> Markup:
     about = run.about
     facts = {
         "folder": str(run.folder),
-        "started": about.get("started"),
+        "went on" if about.get("resumed") else "started": about.get("started"),
         "took": duration(about["seconds"]) if "seconds" in about else None,
         "parameters": f"{about['parameters']:,}" if "parameters" in about else None,
         "device": about.get("device"),
@@ -119,10 +127,29 @@ def _tiles(run: Run, lead: Headline) -> list[Markup]:
     split = {"test": "test", "val": "validation"}[lead.split]
     tiles = [_tile(lead.show(value), f"{HEADLINES[lead.name.lower()]}, {split}{note}", "tile main")]
     if said is not None and said.kind == "Classes" and lead.name == "acc":
-        tiles += [_tile(percent(chance), name) for chance, name in baselines(run, said)]
-    if said is not None:
-        tiles.append(_tile(f"{len(said):,}", "samples"))
+        tiles += [_tile(percent(share), name) for share, name in baselines(run, said)]
+    if said is not None and said.kind == "Number" and lead.name == "mae":
+        tiles += _mean_tile(run, said)
+    if run.retrieval is not None and lead.name == "r@1":
+        tiles += _recall_tiles(run, run.retrieval, lead.split)
+    if sampled := said or run.retrieval:
+        tiles.append(_tile(f"{len(sampled):,}", "samples"))
     return tiles
+
+
+def _mean_tile(run: Run, said: Predictions) -> list[Markup]:
+    """The error of always giving the mean of what trained."""
+    mean = (run.config.get("facts") or {}).get("mean")
+    errors = [abs(target - mean) for target in said.column("target") if target is not None and mean is not None]
+    return [_tile(f"{sum(errors) / len(errors):.4g}", "always the mean of training")] if errors else []
+
+
+def _recall_tiles(run: Run, found: Retrieval, split: str) -> list[Markup]:
+    """Recall at 5 and 10, and what chance gives at 1, all as means over the directions."""
+    names = (name for name in ("r@5", "r@10") if f"{split}/{name}" in run.metrics)
+    tiles = [_tile(percent(run.metrics[f"{split}/{name}"]), HEADLINES[name]) for name in names]
+    sizes = [int((~np.isnan(found.ranks(direction))).sum()) for direction in found.directions]
+    return [*tiles, _tile(percent(sum(chance(size, 1) for size in sizes) / len(sizes)), "by chance, at 1")]
 
 
 def _tile(value: str, name: str, style: str = "tile") -> Markup:
@@ -130,9 +157,9 @@ def _tile(value: str, name: str, style: str = "tile") -> Markup:
 
 
 def baselines(run: Run, said: Predictions) -> list[tuple[float, str]]:
-    """Accuracy of guessing at random and of always giving the most frequent label."""
+    """Accuracy of guessing at random and of always giving the most frequent label; nothing for other kinds."""
     targets = [target for target in said.column("target") if target is not None]
-    if not targets:
+    if not targets or said.kind != "Classes":
         return []
     trained = run.about.get("majority")
     most, share = majority(targets, None if trained is None else [str(trained)])
@@ -149,14 +176,25 @@ def curves(run: Run) -> Markup:
         if name.lower().startswith("lr"):
             rates = found.setdefault("learning rate", [])
             rates.append(Series(name, series.x, series.y, len(rates) % 6 + 1))
+        elif one := DIRECTION.fullmatch(metric):
+            what = HEADLINES.get(one[2], one[2].replace("_", " "))
+            lines = found.setdefault(what + BY_DIRECTION, [])
+            lines.append(Series(one[1], series.x, series.y, len(lines) % 6 + 1))
         elif name.rpartition("_")[0] not in run.curves:  # not that of a subset of the modalities
             # Lightning adds _step and _epoch where a value is logged both ways: one chart shows both.
             metric = re.sub(r"_(step|epoch)$", "", metric)
             color = COLORS.get(split, 1 + sum(map(ord, split)) % 6)
             found.setdefault(metric, []).append(Series(split or name, series.x, series.y, color))
-    names = sorted(found, key=lambda name: (name != "loss", name not in HEADLINES, name == "learning rate", name))
-    charts = [line_chart(sorted(found[name], key=_split_order), HEADLINES.get(name, name)) for name in names[:9]]
+    names = sorted(found, key=_chart_order)
+    charts = [line_chart(sorted(found[name], key=_split_order), HEADLINES.get(name, name)) for name in names[:12]]
     return section("Training", tag("div", charts, class_="charts") if charts else None)
+
+
+def _chart_order(name: str) -> tuple[int, int, str]:
+    """Loss, what a report may lead with, its parts by direction, the rest, and the learning rate last."""
+    if name in HEADLINES:
+        return (0 if name == "loss" else 1, list(HEADLINES).index(name), name)
+    return (2 if name.endswith(BY_DIRECTION) else 4 if name == "learning rate" else 3, 0, name)
 
 
 def _split_order(series: Series) -> tuple[int, str]:
@@ -202,13 +240,13 @@ def _bars(run: Run, lead: Headline, rows: Sequence[tuple[str, str, float]], mark
 
 
 def groups(run: Run) -> Markup:
-    """Accuracy (or mean absolute error) by every column of the manifest that divides the samples into few groups."""
-    said = run.predictions
+    """Accuracy (or what goes for it) by every column of the manifest that divides the samples into few groups."""
+    said = run.predictions if run.predictions is not None else run.retrieval
     if said is None:
         return Markup()
-    scores = said.scores()
+    scores, measure = said.scores(), _measure(said)
     parts = []
-    targets = [str(target) for target in said.column("target")]
+    targets = [str(target) for target in said.column("target")] if isinstance(said, Predictions) else []
     for name in said.extra:
         values = said.column(name)
         if name in INPUTS:
@@ -217,9 +255,15 @@ def groups(run: Run) -> Markup:
         if not 2 <= len(kinds) <= min(MOST_GROUPS, len(said) // 3) or values == targets:
             continue
         rows = [(kind, scores[[v == kind for v in values]]) for kind in kinds]
-        parts.append(tag("div", tag("h3", name), _group_table(rows, said.kind == "Number")))
-    word = "Mean absolute error" if said.kind == "Number" else "Accuracy"
-    return section(f"{word} by group", tag("div", parts[:6], class_="charts wide") if parts else None)
+        parts.append(tag("div", tag("h3", name), _group_table(rows, measure)))
+    return section(f"{measure.capitalize()} by group", tag("div", parts[:6], class_="charts wide") if parts else None)
+
+
+def _measure(said: Predictions | Retrieval) -> str:
+    """What the mean of the samples' scores is called."""
+    if isinstance(said, Retrieval):
+        return "recall at 1"
+    return "mean absolute error" if said.kind == "Number" else "accuracy"
 
 
 def _natural(value: str) -> tuple[bool, float, str]:
@@ -229,7 +273,8 @@ def _natural(value: str) -> tuple[bool, float, str]:
         return (True, 0.0, value)
 
 
-def _group_table(rows: Iterable[tuple[str, np.ndarray]], error: bool) -> Markup:
+def _group_table(rows: Iterable[tuple[str, np.ndarray]], measure: str) -> Markup:
+    error = measure == "mean absolute error"
     known = [(name, scores[~np.isnan(scores)]) for name, scores in rows]
     known = [(name, scores) for name, scores in known if len(scores)]
     largest = max((float(scores.mean()) for _, scores in known), default=1.0) or 1.0 if error else 1.0
@@ -238,7 +283,7 @@ def _group_table(rows: Iterable[tuple[str, np.ndarray]], error: bool) -> Markup:
         mean, (low, high) = float(scores.mean()), bootstrap_mean(scores)
         text = f"{mean:.4g}" if error else percent(mean)
         cells.append([name, len(scores), text, bar(mean / largest, (low / largest, high / largest))])
-    header = ["", "samples", "error" if error else "accuracy", ""]
+    header = ["", "samples", {"mean absolute error": "error", "recall at 1": "R@1"}.get(measure, measure), ""]
     return tag("div", table(header, cells, numeric=(1, 2)), class_="bars")
 
 

@@ -18,7 +18,8 @@ from typing import Any
 
 import yaml
 
-from mmformer.report.predictions import Predictions, read_predictions
+from mmformer.report.predictions import Predictions, read_predictions, read_retrieval
+from mmformer.report.retrieval import Retrieval
 from mmformer.report.svg import Series
 
 ABOUT = "run.json"
@@ -42,6 +43,7 @@ class Run:
     about: dict[str, Any] = field(default_factory=dict)
     faults: tuple[dict[str, Any], ...] = ()
     predictions: Predictions | None = None
+    retrieval: Retrieval | None = None
 
     @property
     def name(self) -> str:
@@ -49,17 +51,21 @@ class Run:
 
 
 def describe_run(
-    run: Path, command: Sequence[str] | None = None, data: Mapping[str, Mapping[str, int]] | None = None, **facts: Any
+    run: Path,
+    started: datetime,
+    command: Sequence[str] | None = None,
+    data: Mapping[str, Mapping[str, int]] | None = None,
+    **facts: Any,
 ) -> Path:
-    """Write `run.json`: the command, the versions, and what else the report's header shows.
+    """Write `run.json`: when it started, the command, the versions, and what else the report's header shows.
 
     `command` is that of this process where None. `data[split][combination]` counts samples by what they have
-    (`"audio+image"`). `facts` are plain values: `seconds`, `parameters`, `device`, `majority` (the most frequent
-    training label), ...
+    (`"audio+image"`). `facts` are plain values: `seconds`, `parameters`, `device`, `resumed` (it went on from a
+    checkpoint), `majority` (the most frequent training label), ...
     """
     about = {
         "command": shlex.join(_own_command() if command is None else command),
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "started": started.astimezone().isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()} | _versions(),
         "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
         "data": {split: dict(counts) for split, counts in (data or {}).items()},
@@ -111,6 +117,7 @@ def read_run(folder: Path) -> Run:
         about=_mapping(folder / ABOUT),
         faults=read_faults(folder),
         predictions=read_predictions(folder),
+        retrieval=read_retrieval(folder),
     )
 
 

@@ -3,42 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mmformer.report.html import Markup, section, table, tag
-from mmformer.report.media import picture, sound
 from mmformer.report.predictions import Predictions
 from mmformer.report.results import percent
 from mmformer.report.run import Run
+from mmformer.report.show import Budget, Media, cut, show
 from mmformer.report.svg import bar
 
 CARDS = 12
-MEDIA_BYTES = 3_500_000
 MOST_FAULTS = 200
 SHOWN = frozenset({"text", "image", "audio", "label"})
-
-Media = Callable[[Mapping[str, Any], str], bytes | None]
-"""The file in a column of a sample (a row of `predictions.parquet`), as bytes; None where it has none.
-
-Raises OSError or ValueError where it cannot be read.
-"""
-
-
-@dataclass
-class Budget:
-    """Bytes that media may still take: a page must stay small whatever the samples are."""
-
-    left: int = MEDIA_BYTES
-
-    def take(self, size: int) -> bool:
-        if size > self.left:
-            return False
-        self.left -= size
-        return True
 
 
 def errors(run: Run, media: Media, count: int = CARDS) -> Markup:
@@ -63,13 +42,8 @@ def errors(run: Run, media: Media, count: int = CARDS) -> Markup:
 
 def card(row: Mapping[str, Any], said: Predictions, media: Media, budget: Budget) -> Markup:
     """One sample: what it shows and says, what was answered, what is true."""
-    parts = [
-        _medium(row, "image", media, budget, _image),
-        tag("blockquote", _cut(row["text"])) if row.get("text") else None,
-        _medium(row, "audio", media, budget, _audio),
-        _verdict(row, said),
-    ]
-    others = [f"{n}: {_cut(str(row[n]), 40)}" for n in said.extra if n not in SHOWN and row[n] is not None][:6]
+    parts = [*(show(row, name, media, budget) for name in ("image", "text", "audio")), *_verdict(row, said)]
+    others = [f"{n}: {cut(str(row[n]), 40)}" for n in said.extra if n not in SHOWN and row[n] is not None][:6]
     return tag(
         "article",
         parts,
@@ -78,35 +52,6 @@ def card(row: Mapping[str, Any], said: Predictions, media: Media, budget: Budget
         tag("p", row["fault"], class_="id bad") if row.get("fault") else None,
         class_="card",
     )
-
-
-def _cut(text: str, limit: int = 300) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "\u2026"
-
-
-def _medium(
-    row: Mapping[str, Any], column: str, media: Media, budget: Budget, draw: Callable[[bytes], Markup]
-) -> Markup | None:
-    """A picture or a player; a line that says why where there is none, nothing where the sample has none."""
-    try:
-        data = media(row, column)
-        if data is None:
-            return None
-        drawn = draw(data)
-    except (OSError, ValueError) as error:
-        return tag("p", f"{column} not shown: {_cut(str(error), 160)}", class_="absent")
-    if not budget.take(len(drawn)):
-        return tag("p", f"{column} not shown, to keep this page small", class_="absent")
-    return drawn
-
-
-def _image(data: bytes) -> Markup:
-    shown = picture(data)
-    return tag("img", src=shown.address, alt="the sample's picture", class_="small" if shown.small else None)
-
-
-def _audio(data: bytes) -> Markup:
-    return tag("audio", controls=True, preload="metadata", src=sound(data))
 
 
 def _verdict(row: Mapping[str, Any], said: Predictions) -> list[Markup]:
@@ -175,9 +120,9 @@ def faults(run: Run) -> Markup:
     if not run.faults:
         return Markup()
     reasons = Counter((str(fault.get("column", "")), str(fault.get("reason", ""))) for fault in run.faults)
-    summary = [[column, _cut(reason), f"{count:,}"] for (column, reason), count in reasons.most_common(20)]
+    summary = [[column, cut(reason), f"{count:,}"] for (column, reason), count in reasons.most_common(20)]
     names = [n for n in ("id", "split", "column", "path", "reason") if any(n in fault for fault in run.faults)]
-    lines = [[_cut(str(fault.get(n, ""))) for n in names] for fault in run.faults[:MOST_FAULTS]]
+    lines = [[cut(str(fault.get(n, ""))) for n in names] for fault in run.faults[:MOST_FAULTS]]
     every = tag("details", tag("summary", f"each of them ({len(lines)} of {len(run.faults):,})"), table(names, lines))
     note = f"{len(run.faults):,} cells could not be read and were left out; data_errors.jsonl lists every one."
     return section("Faults in the data", table(["column", "reason", "times"], summary, numeric=(2,)), every, note=note)

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf, open_dict
 from torch import nn
 
 from mmformer.checkpoints.load import describe, fill, recognise
+from mmformer.checkpoints.origin import remember
 from mmformer.checkpoints.plan import Terms
 from mmformer.checkpoints.report import MisfitError, Report
 from mmformer.checkpoints.source import Source, open_source
@@ -71,6 +72,16 @@ class Pretrained:
         )
         return fill(module, self.source, rules, terms, strict=self.strict)
 
+    def origins(self) -> list[dict[str, Any]]:
+        """Where what it fills came from first, for the way back: see `mmformer.checkpoints.convert`."""
+        part = self.modality and f"encoders.{self.modality}"
+        if self.family.library != OWN:
+            return [remember(self.source, self.family, self.described, part=part, projected=self.projected).plain()]
+        saved = [] if self.projected else self.described.layout["origins"]
+        if part is None:
+            return saved
+        return [{**origin, "parts": [part]} for origin in saved if part in origin["parts"]]
+
     @property
     def encoder(self) -> Mapping[str, Any]:
         assert self.modality is not None
@@ -97,6 +108,9 @@ def adopt(config: Any) -> list[Pretrained]:
         if path:
             key = f"module.model.encoders.{modality}.pretrained"
             found.append(_write_encoder(config, _open(key, str(path), modality=modality)))
+    if origins := [origin for checkpoint in found for origin in checkpoint.origins()]:
+        with open_dict(config):
+            config.origins = origins
     return found
 
 

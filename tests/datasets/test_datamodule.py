@@ -53,6 +53,7 @@ def test_workers_end_when_their_parent_is_killed(when, monkeypatch):
     parent = os.fork()
     if not parent:
         try:
+            os.setpgid(0, 0)  # with its workers, so that none is left behind when this test fails
             loaders = Loaders(LOADING, seed=0)
             loaders.splits = {"train": split}
             batches = iter(loaders.train_dataloader())
@@ -69,4 +70,6 @@ def test_workers_end_when_their_parent_is_killed(when, monkeypatch):
         pass
     alive = not select.select([reading], [], [], 0)[0]
     os.close(reading)
+    if alive:
+        os.killpg(parent, signal.SIGKILL)
     assert not alive, "a worker outlived its parent by 30 s"

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from mmformer.heads import UnitHead
 from mmformer.model import Model
 from mmformer.objectives import Contrastive, info_nce, sigmoid
-from mmformer.objectives.contrastive import RetrievalMeter
+from mmformer.objectives.contrastive import RetrievalMeter, retrieval_ranks
 from tests.helpers import random_batch, scramble, small_model
 
 
@@ -71,9 +71,42 @@ def test_recall_is_counted_slowly_the_same_with_ties_as_halves():
         own = float(text[i] @ image[i])
         scores = [float(text[i] @ image[j]) for j in range(7)]
         ranks.append(1 + sum(s > own + 1e-7 for s in scores) + (sum(abs(s - own) <= 1e-7 for s in scores) - 1) / 2)
-    assert got["t2i_mean_rank"] == pytest.approx(sum(ranks) / 7)
+    assert got["t2i_median_rank"] == sorted(ranks)[3]
     assert got["t2i_r@1"] == pytest.approx(sum(r <= 1 for r in ranks) / 7)
     assert got["i2t_r@10"] == 1.0
+
+
+def test_the_means_are_over_all_directions():
+    meter = RetrievalMeter(["audio", "text", "image"])
+    batch = random_batch(30)
+    meter.update({name: unit(30, 4, seed) for seed, name in enumerate(["text", "image", "audio"])}, batch)
+    got = meter.compute()
+    directions = [a + "2" + b for a in "tia" for b in "tia" if a != b]
+    for k in (1, 5, 10):
+        assert got[f"r@{k}"] == pytest.approx(sum(got[f"{d}_r@{k}"] for d in directions) / 6)
+    assert got["mean_recall"] == pytest.approx(sum(got[f"r@{k}"] for k in (1, 5, 10)) / 3)
+    assert Contrastive.headline == ("mean_recall", "max")
+
+
+def test_a_model_that_says_the_same_of_everything_is_judged_as_chance():
+    same = unit(1, 4, 0).expand(40, 4)
+    assert retrieval_ranks(same, same, chunk=7).tolist() == [20.5] * 40
+    perfect = torch.eye(9)
+    assert retrieval_ranks(perfect, perfect).tolist() == [1.0] * 9
+
+
+def test_modalities_that_begin_alike_have_directions_of_their_own():
+    meter = RetrievalMeter(["audio", "accelerometer"])
+    meter.update({"audio": unit(6, 4, 0), "accelerometer": unit(6, 4, 1)}, random_batch(6))
+    assert {"a2c_r@1", "c2a_r@1"} <= set(meter.compute())
+
+
+def test_nothing_is_measured_without_a_pair():
+    meter = RetrievalMeter(["text", "image"])
+    assert meter.compute() == {}
+    meter.update({"text": unit(6, 4, 0)}, random_batch(6, subsets=[("text",)]))
+    meter.update({"image": unit(6, 4, 1)}, random_batch(6, subsets=[("image",)]))
+    assert meter.compute() == {}
 
 
 def test_one_modality_is_refused():

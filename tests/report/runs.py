@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import math
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from mmformer.report.media import wav
 
 SUBSETS = ("t", "i", "a", "ti", "ta", "ia")
 SKILL = {"": 4.2, "ti": 1.6, "ta": 1.5, "ia": 1.1, "t": 0.4, "i": 0.3, "a": 0.2}
+STARTED = datetime(2026, 3, 1, 12, 30, tzinfo=UTC)
 KINDS = ("sum", "larger", "same", "written", "spoken", "difference")
 
 
@@ -108,7 +110,8 @@ def write_run(folder: Path, labels: int = 21, count: int = 800, media: int = 40)
     counts = {"train": {everything: 8000, "text+image": 120, "text": 3}, "val": {everything: 800}}
     counts["test"] = {everything: count - 140, "text+image": 62, "text+audio": 73, "text": 5}
     command = ["python", "train.py", "experiment=digits", "trainer.max_epochs=20"]
-    describe_run(folder, command, counts, seconds=93.4, parameters=1_204_321, device="CPU, 2 threads", majority="yes")
+    facts = {"seconds": 93.4, "parameters": 1_204_321, "device": "CPU, 2 threads", "majority": "yes"}
+    describe_run(folder, STARTED, command, counts, **facts)
     return folder
 
 

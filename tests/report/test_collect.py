@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
-from mmformer.objectives import Classes, Number
+from mmformer.heads import UnitHead
+from mmformer.model import Model
+from mmformer.objectives import Classes, Contrastive, Number, info_nce
 from mmformer.report import read_predictions, write_predictions
 from mmformer.report.collect import Collector
+from mmformer.report.predictions import read_retrieval
 from mmformer.training.evaluation import Evaluation
 from tests.helpers import random_batch, small_model
 
@@ -51,3 +56,39 @@ def test_an_objective_without_a_target_leaves_nothing():
     collector = Collector({})
     collector.update("match", "", {"image": torch.ones(4, 3)}, random_batch(size=4))
     assert collector.answers() == {}
+    assert collector.retrieved() == {}
+
+
+def test_what_is_retrieved_gives_the_metrics_of_the_meter(tmp_path):
+    objective = Contrastive(["text", "image", "audio"], info_nce, scale=10.0)
+    model = Model(dict(small_model().encoders), None, {name: UnitHead(24, 4) for name in objective.modalities})
+    evaluation = Evaluation({"match": objective}, list(model.encoders), by_subset=True)
+    collector = Collector({"match": objective})
+    for seed in range(3):
+        batch = random_batch(seed=seed, size=21)
+        batch = replace(batch, ids=tuple(f"{seed}-{id}" for id in batch.ids))
+        with torch.inference_mode():
+            judged = list(evaluation.judge({"match": objective}, model, model.encode(batch), batch))
+        assert [subset for _, subset, _, _ in judged] == [""], "no embedding depends on the sample's other modalities"
+        evaluation.update(judged)
+        for part in judged:
+            collector.update(*part)
+    metrics = evaluation.compute()
+    write_predictions(tmp_path, collector.answers(), retrieved=collector.retrieved())
+    said = read_retrieval(tmp_path)
+    assert said is not None
+    assert read_predictions(tmp_path) is None
+    assert dict(said.directions) == {
+        "t2i": ("text", "image"), "t2a": ("text", "audio"), "i2t": ("image", "text"),
+        "i2a": ("image", "audio"), "a2t": ("audio", "text"), "a2i": ("audio", "image"),
+    }  # fmt: skip
+    for direction in said.directions:
+        ranks = said.ranks(direction)
+        assert np.isnan(ranks).any()
+        assert np.nanmean(ranks[~np.isnan(ranks)] <= 5) == metrics[f"{direction}_r@5"]
+        for row, rank in zip(said.rows(range(len(said))), ranks, strict=True):
+            found = row[f"found_{direction}"]
+            assert (found is None) == np.isnan(rank)
+            if found:
+                assert (row["id"] == found[0]["id"]) == (rank == 1)
+                assert [hit["score"] for hit in found] == sorted((hit["score"] for hit in found), reverse=True)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,7 @@ def test_a_tested_run_gets_all_its_files(manifest, tmp_path, monkeypatch):
     collector = Collector({"answer": Classes(head="answer", target="label")})
     answers = Answers(ids=("d", "e"), outputs=np.array([[1.0, 0], [0, 1]]), targets=np.array([0, 0]))
     monkeypatch.setattr(collector, "answers", lambda: {"": answers})
-    page = report_test(run, collector, manifest, ["no", "yes"], seconds=3.0)
+    page = report_test(run, collector, manifest, ["no", "yes"], datetime(2026, 3, 1, tzinfo=UTC), seconds=3.0)
     text = page.read_text()
     assert "&lt;b&gt;" not in text, "a right answer is no error"
     assert "audio not shown: no such file" in text

@@ -47,7 +47,7 @@ def test_one_label_of_several_comes_back(tmp_path):
     assert [best[0]["label"] for best in said.column("top")] == said.column("prediction")
     assert said.column("fault") == [None, None, "image: truncated", None]
     assert said.column("kind") == ["x", "y", None, None]
-    assert said.extra == ["text", "kind", "image"], "raw bytes and columns that have a place already are left out"
+    assert said.extra == ("text", "kind", "image"), "raw bytes and columns that have a place already are left out"
     right = full.outputs.argmax(1) == full.targets
     np.testing.assert_array_equal(said.scores()[[0, 1, 3]], right[[0, 1, 3]])
     assert np.isnan(said.scores("t")[1])

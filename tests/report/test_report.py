@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from mmformer.report import Answers, write_predictions, write_report
-from tests.report.runs import write_run
+from mmformer.report.retrieval import Retrieved
+from tests.report.runs import STARTED, picture_file, write_run
 
 VOID = {"meta", "img", "br", "line", "rect", "circle"}
 
@@ -73,6 +74,7 @@ def test_the_page_says_what_a_reader_asks(text):
     ]:  # fmt: skip
         assert wanted in said, wanted
     assert re.search(r"95\u2009% interval 9\d\.\d", said)
+    assert f"started\n{STARTED.astimezone().isoformat()}" in said
 
 
 def test_text_of_the_data_is_shown_and_never_markup(text):
@@ -183,7 +185,42 @@ def test_a_regression_and_several_labels_have_a_report(tmp_path):
     assert "none" in said
 
 
-def test_a_run_of_retrieval_has_a_report_without_predictions(tmp_path):
+def retrieved(query: str, key: str, ranks: list[float]) -> Retrieved:
+    """A retrieval among as many samples, whose queries find first what comes after them, or themselves."""
+    count = len(ranks)
+    best = np.array([[(i + (rank > 1) + k) % count for k in range(3)] for i, rank in enumerate(ranks)])
+    scores = np.tile([0.9, 0.5, 0.25], (count, 1))
+    ids = tuple(f"s{i}" for i in range(count))
+    return Retrieved(query=query, key=key, ids=ids, ranks=np.array(ranks), best=best, scores=scores)
+
+
+def test_a_retrieval_shows_recalls_beside_chance_and_what_was_found(tmp_path):
+    both = {"t2i": retrieved("text", "image", [1.0] * 10 + [7.0] * 30), "i2t": retrieved("image", "text", [2.0] * 40)}
+    (tmp_path / "0.png").write_bytes(picture_file(3))
+    rows = {f"s{i}": {"text": f"word {i}", "image": str(tmp_path / "0.png"), "style": "ab"[i % 2]} for i in range(40)}
+    write_predictions(tmp_path, {}, rows=rows, retrieved=both)
+    metrics = {"r@1": 0.125, "r@5": 0.625, "r@10": 1.0, "mean_recall": 0.58, "t2i_r@1": 0.25, "loss": 2.0}
+    (tmp_path / "metrics.json").write_text(json.dumps({f"test/{name}": value for name, value in metrics.items()}))
+    (tmp_path / "metrics.csv").write_text("step,val/t2i_r@1,val/i2t_r@1\n1,0.1,0.2\n2,0.3,0.4\n")
+    text = write_report(tmp_path).read_text()
+    said = Page(text).text
+    assert "12.5\u2009%\nrecall at 1, test" in said
+    assert "2.5\u2009%\nby chance, at 1" in said  # 1 of 40
+    assert "text \u2192 image\n40\n25.0\u2009%\n25.0\u2009%\n100.0\u2009%\n7\n" in said
+    assert "image \u2192 text\n40\n0.0\u2009%\n100.0\u2009%\n100.0\u2009%\n2\n" in said
+    assert "by chance\n40\n2.5\u2009%\n12.5\u2009%\n25.0\u2009%\n20.5\n" in said
+    assert "recall at 1 by direction" in said
+    assert "Recall at 1 by group" in said
+    first, second = text.split('<div class="gallery">')[1:]
+    assert [len(part.split('<div class="line">')) - 1 for part in (first, second)] == [12, 12]
+    assert first.count('<small class="good">rank 1</small>') == 6, "as many right queries as wrong ones"
+    assert first.count("rank 7") == 12, "six wrong queries, each with its own sample at the end"
+    assert first.count("<img") == 6 * 3 + 6 * 4
+    assert second.count("<img") == 12
+    assert len(re.findall(r'class="item own"', second)) == 12
+
+
+def test_a_retrieval_without_predictions_still_has_its_numbers(tmp_path):
     (tmp_path / "metrics.json").write_text(json.dumps({"test/t2i_r@1": 0.5, "test/i2t_r@1": 0.25, "test/loss": 2.0}))
     said = Page(write_report(tmp_path).read_text()).text
     assert "t2i_r@1" in said

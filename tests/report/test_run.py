@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from datetime import UTC, datetime
 
 import pytest
 
@@ -25,9 +26,16 @@ def test_a_run_comes_back(tmp_path):
 
 def test_the_command_is_that_of_the_shell(tmp_path):
     words = ["python", "train.py", "data.path=my file.csv", "tags=[a,b]"]
-    about = json.loads(describe_run(tmp_path, words).read_text())
+    about = json.loads(describe_run(tmp_path, datetime.now(), words).read_text())
     assert shlex.split(about["command"]) == words
     assert {"python", "torch", "hydra-core"} <= set(about["versions"])
+
+
+def test_the_start_is_that_of_the_run_and_not_of_its_report(tmp_path):
+    began = datetime(2026, 3, 1, 8, 30, 12, tzinfo=UTC)
+    about = json.loads(describe_run(tmp_path, began, ["train"], seconds=7200.0).read_text())
+    assert datetime.fromisoformat(about["started"]) == began
+    assert datetime.fromisoformat(about["started"]).utcoffset() is not None
 
 
 def test_a_resumed_run_repeats_steps_and_the_last_counts(tmp_path):
