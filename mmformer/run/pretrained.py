@@ -11,18 +11,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from omegaconf import OmegaConf, open_dict
+from omegaconf import open_dict
 from torch import nn
 
 from mmformer.checkpoints.load import describe, fill, recognise
 from mmformer.checkpoints.origin import remember
 from mmformer.checkpoints.plan import Terms
+from mmformer.checkpoints.preprocessing import preprocessing
 from mmformer.checkpoints.report import MisfitError, Report
 from mmformer.checkpoints.source import Source, open_source
 from mmformer.checkpoints.table import Described, Family
 from mmformer.run.launch import UserError
 
 OWN = "mmformer"
+TOKENIZER = "mmformer.datasets.pretrained.pretrained_tokenizer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,21 +42,24 @@ class Pretrained:
     projected: bool = False
     strict: bool = True
 
-    def load(self, model: nn.Module) -> list[str]:
+    def load(self, model: nn.Module, objectives: Mapping[str, Any] | None = None) -> list[str]:
         """Fill a model, all of the checkpoint or nothing; gives back what to say of it.
+
+        Of `objectives` those are filled too that a whole checkpoint has under the same name (the scale of CLIP's).
 
         Raises:
             UserError: tensors that are left over, each named.
         """
         part = self.modality and f"encoders.{self.modality}"
         try:
-            report = self._fill(model if part is None else model.get_submodule(part), part)
+            shared = {name: made for name, made in (objectives or {}).items() if name in self.described.objectives}
+            report = self._fill(model if part is None else model.get_submodule(part), part, {} if part else shared)
         except MisfitError as error:
             hint = "" if self.modality or not self.strict else " (pretrained_strict=false)"
             raise UserError(f"{self.key}: {error}{hint}") from error
         return [f"{self.key}: {self.family.library}/{self.family.name}, {report.summary()}", *report.details()]
 
-    def _fill(self, module: nn.Module, part: str | None) -> Report:
+    def _fill(self, module: nn.Module, part: str | None, objectives: Mapping[str, Any]) -> Report:
         rules, ignored, new = self.family.rules(self.described), {}, list(self.described.new)
         if self.projected:
             of_pool = [rule for rule in rules if any(name.startswith(f"{part}.pool.") for name in rule.targets)]
@@ -70,7 +75,7 @@ class Pretrained:
             new=new,
             part=part,
         )
-        return fill(module, self.source, rules, terms, strict=self.strict)
+        return fill(module, self.source, rules, terms, objectives=objectives, strict=self.strict)
 
     def origins(self) -> list[dict[str, Any]]:
         """Where what it fills came from first, for the way back: see `mmformer.checkpoints.convert`."""
@@ -97,11 +102,10 @@ def adopt(config: Any) -> list[Pretrained]:
     found = []
     if config.pretrained:
         found.append(_open("pretrained", str(config.pretrained), strict=config.pretrained_strict))
-        described = found[0].described
         if found[0].family.library == OWN:
-            _write_tokenizer(config, described)
+            _write_words(config, found[0])
         else:
-            _write_model(config, described)
+            _write_model(config, found[0])
     for modality, encoder in list(config.module.model.encoders.items()):
         with open_dict(encoder):
             path = encoder.pop("pretrained", None)
@@ -118,7 +122,7 @@ def _open(key: str, path: str, **options: Any) -> Pretrained:
     try:
         source, family = recognise(open_source(path))
         described = describe(family, source, {})
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise UserError(f"{key}={path}: {error}") from error
     modality, has = options.get("modality"), described.model.get("encoders") or {}
     if modality and modality not in has:
@@ -129,16 +133,16 @@ def _open(key: str, path: str, **options: Any) -> Pretrained:
     return Pretrained(key=f"{key}={path}", source=source, family=family, described=described, **options)
 
 
-def _write_model(config: Any, described: Described) -> None:
+def _write_model(config: Any, found: Pretrained) -> None:
     """The parts of the checkpoint in the place of the config's; those that it lacks stay."""
-    model = config.module.model
+    model, described = config.module.model, found.described
     with open_dict(config):
         for kind in ("encoders", "heads"):
             model[kind] = {**(model.get(kind) or {}), **(described.model.get(kind) or {})}
         if described.model.get("fusion"):
             model.fusion = described.model["fusion"]
         for modality in described.model["encoders"]:
-            _write_inputs(config, described, modality)
+            _write_inputs(config, found, modality)
 
 
 def _write_encoder(config: Any, found: Pretrained) -> Pretrained:
@@ -151,23 +155,42 @@ def _write_encoder(config: Any, found: Pretrained) -> Pretrained:
         found = replace(found, projected=True)
     with open_dict(config):
         config.module.model.encoders[modality] = encoder
-        _write_inputs(config, found.described, modality)
+        _write_inputs(config, found, modality)
     return found
 
 
-def _write_inputs(config: Any, described: Described, modality: str) -> None:
+def _write_inputs(config: Any, found: Pretrained, modality: str) -> None:
     """How the checkpoint reads items of a modality, and its words."""
-    if feature := described.features.get(modality):
+    if feature := found.described.features.get(modality):
         config.data.features[modality] = feature
     if modality == "text":
-        _write_tokenizer(config, described)
+        _write_words(config, found)
 
 
-def _write_tokenizer(config: Any, described: Described) -> None:
-    """The words that a text encoder was trained on: ids of another tokenizer would mean something else."""
-    if described.tokenizer:
-        target, path = "mmformer.datasets.pretrained.pretrained_tokenizer", str(described.tokenizer)
-        config.data.tokenizer = OmegaConf.create({"_target_": target, "_partial_": True, "path": path})
+def _write_words(config: Any, found: Pretrained) -> None:
+    """The words that a text encoder was trained on: ids of another tokenizer would mean something else.
+
+    Raises:
+        UserError: a checkpoint of another library without its tokenizer, and none that the config names.
+    """
+    path, options = found.described.tokenizer, {}
+    if found.family.library != OWN:
+        try:
+            read = preprocessing(found.source.files, found.source.config)
+        except ValueError as error:
+            raise UserError(f"{found.key}: {error}") from error
+        path = read.tokenizer or path
+        if read.text:
+            config.data.features.text = {**config.data.features.text, **read.text}
+        if read.cleaning:
+            options["cleaning"] = {"_target_": "mmformer.datasets.cleaning.Cleaning", "canonical": True}
+    if path:
+        config.data.tokenizer = {"_target_": TOKENIZER, "_partial_": True, "path": str(path), **options}
+    elif found.family.library != OWN and config.data.tokenizer.get("_target_") != TOKENIZER:
+        raise UserError(
+            f"{found.key}: no tokenizer lies beside these weights: put its files there, or name them with "
+            "data/tokenizer@data.tokenizer=pretrained data.tokenizer.path=..."
+        )
 
 
 def _width(encoder: Mapping[str, Any]) -> int:

@@ -147,7 +147,7 @@ class Run:
         module.hparams.update(plain)
         self._plain = plain
         for checkpoint in self._pretrained:
-            for line in checkpoint.load(module.model):
+            for line in checkpoint.load(module.model, dict(module.objectives.items())):
                 _say(line)
         with _in_one_line():
             module.prepare()

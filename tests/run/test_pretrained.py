@@ -100,3 +100,37 @@ def test_errors_name_the_key(tmp_path, trained):
         found.module.model.encoders.video = found.module.model.encoders.image
     with pytest.raises(UserError, match=r"has encoders of text, image, audio, and none of video"):
         adopt(found)
+
+
+def test_a_published_text_encoder_brings_its_words_or_says_that_they_lack(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="writes the checkpoint")
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 40}
+    reference = transformers.BertModel(transformers.BertConfig(vocab_size=9, **sizes))
+    reference.save_pretrained(tmp_path / "bert")
+    key = f"module.model.encoders.text.pretrained={tmp_path / 'bert'}"
+    with pytest.raises(UserError, match="no tokenizer lies beside these weights"):
+        adopt(config(key))
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "what", "digit", "is", "this"]
+    (tmp_path / "bert" / "vocab.txt").write_text("\n".join(words))
+    found = config(key)
+    (checkpoint,) = adopt(found)
+    target = model_of(found)
+    checkpoint.load(target)
+    assert torch.equal(target.encoders["text"].embedder.table.weight, reference.embeddings.word_embeddings.weight)
+    tokenizer = instantiate(found.data.tokenizer, _convert_="all")(["other words"])
+    feature = instantiate(found.data.features.text, _convert_="all")(tokenizer)
+    assert feature("what digit").tolist() == [2, 5, 6, 3]
+
+
+def test_a_published_model_is_the_run_s_model(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="writes the checkpoint")
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 40}
+    vision = transformers.ViTConfig(image_size=16, patch_size=8, **sizes)
+    reference = transformers.ViTModel(vision)
+    reference.save_pretrained(tmp_path / "vit")
+    found = config(f"pretrained={tmp_path / 'vit'}", "dim=24", "num_heads=3")
+    (checkpoint,) = adopt(found)
+    target = model_of(found)
+    lines = checkpoint.load(target)
+    assert any(line.startswith("new:") for line in lines)
+    assert torch.equal(target.encoders["image"].embedder.class_tokens.tokens, reference.embeddings.cls_token[0])
