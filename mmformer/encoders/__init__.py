@@ -8,6 +8,7 @@ from mmformer.encoders.patches import ClassTokens, LinearPatches, Normalize, Pla
 from mmformer.encoders.text import TextEmbedder
 from mmformer.encoders.waveform import (
     FrameConvolutions,
+    ReadyVectors,
     TimeEmbedder,
     WaveformConvolutions,
     mel_frames,
@@ -23,6 +24,7 @@ __all__ = [
     "Normalize",
     "PlaneEmbedder",
     "Projection",
+    "ReadyVectors",
     "StridedPatches",
     "TextEmbedder",
     "TimeEmbedder",

@@ -100,8 +100,21 @@ class FrameConvolutions(nn.Module):
         return self.activation(self.second(x)).transpose(1, 2)
 
 
+class ReadyVectors(nn.Module):
+    """Vectors that something else made, a token each."""
+
+    reach = 1
+
+    def num_tokens(self, count: int) -> int:
+        """As many."""
+        return count
+
+    def forward(self, vectors: Float[Tensor, "n t D"]) -> Float[Tensor, "n t D"]:
+        return vectors
+
+
 class TimeEmbedder(nn.Module):
-    """Items that have one axis, time, to tokens: waveforms (samples,) or spectrograms (frames, mels).
+    """Items that have one axis, time, to tokens: waveforms (samples,), spectrograms (frames, mels), vectors (count, D).
 
     `stem` convolves items of one length; none of them sees another.
 
@@ -112,7 +125,7 @@ class TimeEmbedder(nn.Module):
     def __init__(
         self,
         dim: int,
-        stem: WaveformConvolutions | FrameConvolutions,
+        stem: WaveformConvolutions | FrameConvolutions | ReadyVectors,
         position: Callable[[int], nn.Module] | None = None,
         modality: str = "audio",
     ):

@@ -6,6 +6,7 @@ from mmformer.nn.bias import RelativeBias
 from mmformer.nn.block import Block, FeedForward
 from mmformer.nn.branch import ContextNorm, Gated, Scaled
 from mmformer.nn.experts import ByModality
+from mmformer.nn.looped import Looped
 from mmformer.nn.pool import AttentionPool
 from mmformer.nn.position import (
     BandScaling,
@@ -15,6 +16,7 @@ from mmformer.nn.position import (
     LearnedGrid,
     LinearScaling,
     NormedRotary,
+    PositionBeside,
     Rotary,
     Sinusoid,
     SinusoidTable,
@@ -39,7 +41,9 @@ __all__ = [
     "Learned",
     "LearnedGrid",
     "LinearScaling",
+    "Looped",
     "NormedRotary",
+    "PositionBeside",
     "Quantized",
     "Quantizer",
     "QuickGELU",

@@ -1,7 +1,8 @@
 """How attention is computed. A kernel maps (q, k, v, sight) to what each query gathers.
 
 All kernels agree (a test holds them equal): they differ in what they cost, and where. A query that sees nothing
-gathers zeros. Queries are (B, Tq, H, d), keys and values (B, Tk, G, d) with G dividing H (grouped queries).
+gathers zeros. Queries are (B, Tq, H, d), keys (B, Tk, G, d) and values (B, Tk, G, e) with G dividing H (grouped
+queries).
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ PLAIN_KEYS = 768
 
 
 def attend(
-    q: Float[Tensor, "B Tq H d"], k: Float[Tensor, "B Tk G d"], v: Float[Tensor, "B Tk G d"], sight: Sight
-) -> Float[Tensor, "B Tq H d"]:
+    q: Float[Tensor, "B Tq H d"], k: Float[Tensor, "B Tk G d"], v: Float[Tensor, "B Tk G e"], sight: Sight
+) -> Float[Tensor, "B Tq H e"]:
     """The fastest kernel for where the tensors are: grouped or variable-length for packed rows, dense for padded."""
     if not sight.packed:
         return dense(q, k, v, sight)
@@ -36,7 +37,7 @@ def attend(
         return grouped(q, k, v, sight)
     if q.device.type != "cuda":
         return dense(q, k, v, sight)
-    if sight.visibility.full and q.dtype in (torch.bfloat16, torch.float16):
+    if sight.visibility.full and q.shape[3] == v.shape[3] and q.dtype in (torch.bfloat16, torch.float16):
         return varlen(q, k, v, sight)
     return flex(q, k, v, sight)
 
@@ -44,10 +45,10 @@ def attend(
 def dense(
     q: Float[Tensor, "B Tq H d"],
     k: Float[Tensor, "B Tk G d"],
-    v: Float[Tensor, "B Tk G d"],
+    v: Float[Tensor, "B Tk G e"],
     sight: Sight,
     bias: Bias | None = None,
-) -> Float[Tensor, "B Tq H d"]:
+) -> Float[Tensor, "B Tq H e"]:
     """One SDPA call under the whole mask; for export, and the form the others are tested against."""
     inner = _sdpa if bias is None else _biased(bias(sight.query.position, sight.key.position))
     return _masked(q, k, v, sight.dense, sight.dense.any(-1, keepdim=True), inner)
@@ -56,10 +57,10 @@ def dense(
 def grouped(
     q: Float[Tensor, "1 Tq H d"],
     k: Float[Tensor, "1 Tk G d"],
-    v: Float[Tensor, "1 Tk G d"],
+    v: Float[Tensor, "1 Tk G e"],
     sight: Sight,
     bias: Bias | None = None,
-) -> Float[Tensor, "1 Tq H d"]:
+) -> Float[Tensor, "1 Tq H e"]:
     """Packed rows on a CPU: segments of like length go through one dense call together."""
     groups = sight.groups
     queries = _cut(q[0], [group.query_span for group in groups])
@@ -68,7 +69,7 @@ def grouped(
     parts = [_gather_group(*own) for own in zip(queries, keys, values, groups, inners, strict=True)]
     rest = q.shape[1] - sum(len(part) for part in parts)
     if rest:
-        parts.append(q.new_zeros(rest, *q.shape[2:]))
+        parts.append(q.new_zeros(rest, q.shape[2], v.shape[3]))
     return torch.cat(parts)[None]
 
 
@@ -89,9 +90,9 @@ def _inner(group: Group, sight: Sight, bias: Bias | None) -> Inner | None:
     return _biased(bias(query, _stack(sight.key.position[0][group.key_span], group.key, group.count)))
 
 
-def _gather_group(q: Tensor, k: Tensor, v: Tensor, group: Group, inner: Inner | None) -> Float[Tensor, "t H d"]:
+def _gather_group(q: Tensor, k: Tensor, v: Tensor, group: Group, inner: Inner | None) -> Float[Tensor, "t H e"]:
     if not group.keys:
-        return torch.zeros_like(q)
+        return q.new_zeros(*q.shape[:2], v.shape[2])
     q = _stack(q, group.query, group.count)
     k, v = _stack(k, group.key, group.count), _stack(v, group.key, group.count)
     inner = inner or (_plain if _plain_is_faster(q, group.keys) else _sdpa)
@@ -113,11 +114,11 @@ def _plain_is_faster(q: Tensor, keys: int) -> bool:
 def _masked(
     q: Float[Tensor, "n Lq H d"],
     k: Float[Tensor, "n Lk G d"],
-    v: Float[Tensor, "n Lk G d"],
+    v: Float[Tensor, "n Lk G e"],
     mask: Bool[Tensor, "n 1 _ Lk"] | None,
     sees: Bool[Tensor, "n 1 Lq 1"] | None,
     inner: Inner,
-) -> Float[Tensor, "n Lq H d"]:
+) -> Float[Tensor, "n Lq H e"]:
     """Run attention; queries that see nothing look everywhere and are then set to zero, so that no NaN arises."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if mask is None or sees is None:
@@ -175,8 +176,8 @@ def _compiled_flex() -> Callable:
 
 
 def flex(
-    q: Float[Tensor, "B Tq H d"], k: Float[Tensor, "B Tk G d"], v: Float[Tensor, "B Tk G d"], sight: Sight
-) -> Float[Tensor, "B Tq H d"]:
+    q: Float[Tensor, "B Tq H d"], k: Float[Tensor, "B Tk G d"], v: Float[Tensor, "B Tk G e"], sight: Sight
+) -> Float[Tensor, "B Tq H e"]:
     """FlexAttention under a block mask: any rule, on CUDA with gradients, on a CPU without."""
     from torch.nn.attention.flex_attention import flex_attention
 

@@ -80,6 +80,17 @@ class StretchedGrid(nn.Module):
         return planes[0].permute(1, 2, 0).flatten(0, 1)
 
 
+class PositionBeside(nn.Module):
+    """A stage that puts a vector for where a token stands behind its channels, and adds it to none (Perceiver)."""
+
+    def __init__(self, position: nn.Module):
+        super().__init__()
+        self.position = position
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        return tokens.with_x(torch.cat([tokens.x, self.position(tokens.position)], -1))
+
+
 class Sinusoid(nn.Module):
     """Fixed sines and cosines of each axis, an equal share of the channels for each (arXiv 1706.03762, 3.5).
 

@@ -7,7 +7,19 @@ import pytest
 import torch
 from torch import nn
 
-from mmformer.nn import Attention, BandScaling, ConvolutionPosition, LinearScaling, NormedRotary, Rotary, SinusoidTable
+from mmformer.batch import Ragged
+from mmformer.encoders import LinearPatches, Normalize, PlaneEmbedder
+from mmformer.nn import (
+    Attention,
+    BandScaling,
+    ConvolutionPosition,
+    LinearScaling,
+    NormedRotary,
+    PositionBeside,
+    Rotary,
+    SinusoidTable,
+    StretchedGrid,
+)
 from mmformer.tokens import merge, to_padded
 from tests.helpers import packed_tokens
 
@@ -111,3 +123,31 @@ def test_whisper_s_sines_turn_from_1_to_a_ten_thousandth_a_place() -> None:
     wanted = torch.cat([torch.sin(place[..., :1] * rates), torch.cos(place[..., :1] * rates)], -1)
     torch.testing.assert_close(table(place), wanted)
     assert not list(table.parameters())
+
+
+def test_a_grid_is_stretched_corner_to_corner_over_each_picture() -> None:
+    embedder = PlaneEmbedder(
+        2, LinearPatches(2, 1, (4, 4)), Normalize([0.0], [1.0]), modality="image", axes=("row", "column"),
+        position=partial(StretchedGrid, rows=2, columns=3),
+    )  # fmt: skip
+    assert isinstance(embedder.position, StretchedGrid)
+    table = embedder.position.table.detach()
+    sizes = ((8, 12), (12, 20), (8, 12))
+    with torch.no_grad():
+        bias = embedder.stem.linear.bias
+        tokens = embedder(Ragged.stack([torch.zeros(*size, 1) for size in sizes], [0, 1, 2], 1), 3)
+        items = zip(tokens.layout.samples, tokens.x[0].split(tokens.layout.lengths), strict=True)
+        found = {row: x - bias for row, x in items}
+    for row in (0, 2):
+        torch.testing.assert_close(found[row], table.flatten(0, 1))
+    between = table[:, [0, 0, 1, 1, 2]] / 2 + table[:, [0, 1, 1, 2, 2]] / 2
+    between = torch.stack([between[0], between.mean(0), between[1]])  # 3 rows and 5 columns over 2 and 3
+    torch.testing.assert_close(found[1], between.flatten(0, 1))
+
+
+def test_a_position_beside_leaves_the_channels_alone() -> None:
+    tokens = packed_tokens({0: 3, 1: 2}, 2, 4)
+    table = SinusoidTable(6, 5)
+    out = PositionBeside(table)(tokens)
+    assert torch.equal(out.x[..., :4], tokens.x)
+    assert torch.equal(out.x[..., 4:], table(tokens.position))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmformer.nn import Attention, Block, CrossAttention, FeedForward, Rotary, Transformer
+from mmformer.nn import Attention, Block, CrossAttention, FeedForward, Looped, Rotary, Transformer
 from mmformer.tokens import LATENT, merge, to_padded
 from mmformer.visibility import Visibility
 from tests.helpers import packed_tokens, scramble
@@ -14,6 +14,11 @@ LAYERS = {
     "pre-norm": partial(Block, attention=ATTENTION),
     "post-norm": partial(Block, attention=ATTENTION, post_norm=True),
     "rms-gated": partial(Block, attention=ATTENTION, norm=nn.RMSNorm, feedforward=partial(FeedForward, gated=True)),
+    "other values": partial(Block, attention=partial(Attention, num_heads=4, num_kv_heads=2, head_dim=[3, 5])),
+    "crossing, other values": partial(
+        Block, attention=ATTENTION, cross=partial(CrossAttention, num_heads=2, context_dim=12, head_dim=[7, 4])
+    ),
+    "looped": partial(Looped, layers=[partial(Block, attention=ATTENTION)] * 2, times=3),
     "crossing": partial(Block, attention=ATTENTION, cross=partial(CrossAttention, num_heads=2, context_dim=12)),
 }
 
@@ -27,7 +32,7 @@ def transformer(layer, depth=2, **options):
 def test_packed_is_padded(name, causal):
     model = transformer(LAYERS[name], visibility=Visibility(causal=causal))
     tokens = merge([packed_tokens({0: 5, 2: 2, 1: 7}, 3, 16)])
-    context = packed_tokens({1: 3, 0: 2}, 3, 12) if name == "crossing" else None
+    context = packed_tokens({1: 3, 0: 2}, 3, 12) if name.startswith("crossing") else None
     out = to_padded(model(tokens, context))
     padded = model(to_padded(tokens), to_padded(context) if context else None)
     torch.testing.assert_close(out.x[out.valid], padded.x[padded.valid], rtol=1e-5, atol=1e-5)
@@ -58,6 +63,15 @@ def test_repeating_a_layer_shares_its_weights_and_equals_applying_it_twice():
     once.load_state_dict(shared.state_dict())
     tokens = packed_tokens({0: 4, 1: 2}, 2, 16)
     assert torch.equal(shared(tokens).x, once(once(tokens)).x)
+
+
+def test_a_loop_goes_through_all_its_layers_again_and_again():
+    block = partial(Block, attention=ATTENTION)
+    looped = transformer(partial(Looped, layers=[block, block], times=2), depth=1, norm=None)
+    once = transformer(block, norm=None)
+    once.load_state_dict({name.replace("layers.0.layers", "layers"): t for name, t in looped.state_dict().items()})
+    tokens = packed_tokens({0: 4, 1: 2}, 2, 16)
+    assert torch.equal(looped(tokens).x, once(once(tokens)).x)
 
 
 def test_layers_of_a_pattern_alternate_and_start_different():
