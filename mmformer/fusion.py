@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mmformer.nn.transformer import Transformer
 from mmformer.tokens import LATENT, PADDING, Layout, Tokens, latent_tokens, merge
 from mmformer.visibility import Visibility
 
@@ -22,6 +23,28 @@ class Mark(nn.Module):
 
     def forward(self, tokens: Tokens) -> Tokens:
         return tokens.with_x(tokens.x + self.kind)
+
+
+class Mapped(nn.Module):
+    """The vectors of tokens through a map that knows nothing of tokens: a linear layer, a norm."""
+
+    def __init__(self, part: nn.Module):
+        super().__init__()
+        self.part = part
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        return tokens.with_x(self.part(tokens.x))
+
+
+class InOrder(nn.Module):
+    """Times 0, 1, 2, ... for the tokens of each segment: a picture that a language model reads token by token."""
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        time = np.arange(tokens.x.shape[1])
+        if tokens.layout is not None:
+            time[: tokens.layout.total] -= np.repeat(tokens.layout.offsets[:-1], tokens.layout.lengths)
+        ticks = torch.from_numpy(time).to(tokens.x.device, non_blocking=True).expand_as(tokens.segment)
+        return replace(tokens, position=torch.cat([ticks[..., None], tokens.position[..., 1:]], -1))
 
 
 class Fusion(nn.Module):
@@ -48,7 +71,7 @@ class Fusion(nn.Module):
         self,
         dim: int,
         stream: Sequence[str],
-        transformer: Transformer | None,
+        transformer: nn.Module | None,
         pool: nn.Module,
         *,
         context: Sequence[str] = (),
@@ -111,6 +134,51 @@ class Fusion(nn.Module):
     def summary(self, tokens: Tokens) -> Float[Tensor, "N D"]:
         """One vector a sample."""
         return self.pool(tokens)
+
+
+class Cascade(nn.Module):
+    """Fusions one after another, of which each of `earlier` gives the tokens of a modality to those behind it.
+
+    BLIP's answers look at questions that have looked at the picture: earlier {text: stream [text], context [image]},
+    last stream [answer], context [text]. BLIP-2's language model reads its Q-Former: earlier {image: stream [latent],
+    context [image]}, last stream [image, text]. One whose inputs a batch lacks is left out; `visibility` is the last's.
+
+    Raises:
+        ValueError: an earlier one under the name of a modality that none behind it reads.
+    """
+
+    def __init__(self, earlier: Mapping[str, Fusion], last: Fusion):
+        super().__init__()
+        self.earlier, self.last = nn.ModuleDict(earlier), last
+        read = set(last.entrances).union(*(fusion.entrances for fusion in earlier.values()))
+        if unread := sorted(set(earlier) - read):
+            raise ValueError(f"the cascade makes {unread} but its fusions read {sorted(read)}: name one of these")
+        self.stream = last.stream
+        self.entrances = read
+
+    def forward(self, encoded: dict[str, Tokens], num_samples: int, visibility: Visibility | None = None) -> Tokens:
+        """The stream of the last fusion."""
+        found = dict(encoded)
+        for name, fusion in self.earlier.items():
+            assert isinstance(fusion, Fusion)
+            if not found.keys().isdisjoint(fusion.entrances.keys()):
+                found[name] = fusion(found, num_samples)
+        return self.last(found, num_samples, visibility)
+
+    def summary(self, tokens: Tokens) -> Float[Tensor, "N D"]:
+        """One vector a sample."""
+        return self.last.summary(tokens)
+
+
+class View(nn.Module):
+    """How one vector of a modality is read off the fusion, where its encoder only embeds: BLIP's texts.
+
+    The fusion is given `modalities` alone, under `visibility` on top of its own rule, and `pool` reads what comes out.
+    """
+
+    def __init__(self, modalities: Sequence[str], pool: nn.Module, visibility: Visibility | None = None):
+        super().__init__()
+        self.modalities, self.pool, self.visibility = list(modalities), pool, visibility
 
 
 def _nothing(like: Tokens) -> Tokens:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn, zeros
 
 from mmformer.batch import Batch
-from mmformer.fusion import Fusion
+from mmformer.fusion import Cascade, Fusion, View
 from mmformer.heads import VocabularyHead
 from mmformer.pooling import MeanPool, has_tokens
 from mmformer.tokens import Tokens
@@ -32,19 +33,25 @@ class Encoded(dict[str, Tokens]):
 class Model(nn.Module):
     """One encoder for each modality, a fusion that joins them, and named heads that read one vector a sample.
 
+    The vector of a modality is what its encoder's pool gives, or its own of `views` where it has one.
+
     Raises:
-        ValueError: the fusion names a modality that has no encoder.
+        ValueError: the fusion names a modality that has no encoder, or views without a fusion.
     """
 
     def __init__(
         self,
         encoders: Mapping[str, nn.Module],
-        fusion: Fusion | None = None,
+        fusion: Fusion | Cascade | None = None,
         heads: Mapping[str, nn.Module] | None = None,
+        views: Mapping[str, View] | None = None,
     ):
         super().__init__()
         self.encoders = nn.ModuleDict(encoders)
         self.fusion = fusion
+        self.views = nn.ModuleDict(views or {})
+        if views and fusion is None:
+            raise ValueError(f"views of {sorted(views)} read a fusion, and there is none: choose one or drop them")
         self.heads = nn.ModuleDict(heads or {})
         self._tie()
         if fusion is not None and not set(fusion.entrances) <= set(encoders):
@@ -93,6 +100,12 @@ class Model(nn.Module):
             assert self.fusion is not None
             pooled = self.fusion.summary(tokens)
             return pooled, pooled.new_ones(len(pooled)).bool()
+        if source in self.views:
+            view = self.views[source]
+            assert isinstance(view, View)
+            if given := encoded.only(view.modalities):
+                present = torch.stack([has_tokens(tokens) for tokens in given.values()]).any(0)
+                return view.pool(self.fuse(given, view.visibility)), present
         if source in encoded:
             tokens = encoded[source]
             pool = getattr(self.encoders[source], "pool", None) or MeanPool()

@@ -286,6 +286,19 @@ class Sights:
         self.visibility = visibility or Visibility()
         self._made: dict[Visibility, Sight] = {}
 
+    @cached_property
+    def keyless(self) -> Bool[Tensor, "B T"] | None:
+        """Which queries are of a sample that has no key at all; None where none is, as packed rows tell."""
+        query, key = self.query.layout, self.key.layout
+        if query is None or key is None:
+            return ~self.key.valid.any(1, keepdim=True).expand_as(self.query.segment)
+        lacking = ~np.isin(query.samples, key.samples)
+        if not lacking.any():
+            return None
+        out = np.zeros(self.query.x.shape[1], dtype=bool)
+        out[: query.total] = np.repeat(lacking, query.lengths)
+        return torch.from_numpy(out)[None].to(self.query.x.device, non_blocking=True)
+
     def under(self, visibility: Visibility | None) -> Sight:
         """The sight under the common rule and a layer's own."""
         rule = self.visibility if visibility is None else self.visibility & visibility

@@ -48,7 +48,8 @@ class Block(nn.Module):
     A part that is None is left out. Each part is a factory called with `dim`; `norm` is one for all branches, or one
     for each of "attention", "cross" and "feedforward". `post_norm` normalises after the residual sum (BERT) rather
     than before the branch. `cross_for` keeps cross-attention to the tokens of the named modalities (Q-Former's
-    latents).
+    latents); the tokens of a sample without context skip it, norm and all, so that one stack of layers reads texts
+    alone and beside pictures (BLIP).
     """
 
     def __init__(
@@ -100,11 +101,15 @@ class Block(nn.Module):
         cross, norm = self.cross, self.cross_norm
         assert cross is not None
         assert norm is not None
+        if not context.x.shape[1]:
+            return tokens
         out = self._residual(tokens, norm, lambda t: cross(t, context, sights))
-        if self.cross_for is None:
-            return out
-        return tokens.with_x(torch.where(self._crosses(tokens)[..., None], out.x, tokens.x))
+        skips = self._skips(tokens, sights)
+        return out if skips is None else tokens.with_x(torch.where(skips[..., None], tokens.x, out.x))
 
-    def _crosses(self, tokens: Tokens) -> Bool[Tensor, "B T"]:
-        assert self.cross_for is not None
-        return is_one_of(tokens, self.cross_for)
+    def _skips(self, tokens: Tokens, sights: Sights) -> Bool[Tensor, "B T"] | None:
+        """Which tokens have no part in cross-attention; None where all have."""
+        if self.cross_for is None:
+            return sights.keyless
+        others = ~is_one_of(tokens, self.cross_for)
+        return others if sights.keyless is None else others | sights.keyless

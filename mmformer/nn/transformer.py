@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from mmformer.nn.block import Block
 from mmformer.tokens import Tokens
 from mmformer.visibility import Sights, Visibility
 
@@ -16,8 +15,9 @@ class Transformer(nn.Module):
 
     Layer i is made by `layers[i % len(layers)]`, each called with `dim`. `repeat` applies every layer that often in a
     row with the same weights (ALBERT, arXiv 1909.11942, is depth 1 repeated), so the depth that is computed is depth x
-    repeat. `visibility` rules over all layers; a layer's own comes on top. `entry_norm` normalises in front of the
-    first layer (BERT, CLIP's pictures).
+    repeat. `visibility` rules over all layers; a layer's own comes on top. In front of the first layer `position` adds
+    a vector for where a token stands in the joint sequence (OPT behind BLIP-2's queries), and `entry_norm` normalises
+    (BERT, CLIP's pictures).
 
     Raises:
         ValueError: no layer factory for a depth above 0.
@@ -27,18 +27,20 @@ class Transformer(nn.Module):
         self,
         dim: int,
         depth: int,
-        layers: Sequence[Callable[[int], Block]],
+        layers: Sequence[Callable[[int], nn.Module]],
         *,
         repeat: int = 1,
         visibility: Visibility | None = None,
         norm: Callable[[int], nn.Module] | None = nn.LayerNorm,
         entry_norm: Callable[[int], nn.Module] | None = None,
+        position: Callable[[int], nn.Module] | None = None,
     ):
         super().__init__()
         if depth and not layers:
             raise ValueError(f"depth {depth} but no layers: give at least one layer factory")
         self.repeat = repeat
         self.visibility = visibility or Visibility()
+        self.position = position(dim) if position else None
         self.entry_norm = entry_norm(dim) if entry_norm else nn.Identity()
         self.layers = nn.ModuleList(layers[i % len(layers)](dim) for i in range(depth))
         self.norm = norm(dim) if norm else nn.Identity()
@@ -46,6 +48,8 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tokens, context: Tokens | None = None, visibility: Visibility | None = None) -> Tokens:
         """Mix the tokens among themselves and with a context; `visibility` adds to the Transformer's own rule."""
         rule = self.visibility if visibility is None else self.visibility & visibility
+        if self.position is not None:
+            tokens = tokens.with_x(tokens.x + self.position(tokens.position))
         tokens = tokens.with_x(self.entry_norm(tokens.x))
         sights = Sights(tokens, tokens, rule)
         cross_sights = None if context is None else Sights(tokens, context)

@@ -1,6 +1,7 @@
 """The families of checkpoints that mmformer reads: one file for each group of relatives, a table each as data."""
 
 from mmformer.checkpoints.families import (
+    albef,
     ast,
     bert,
     blip,
@@ -13,6 +14,7 @@ from mmformer.checkpoints.families import (
     modernbert,
     opt,
     own,
+    perceiver,
     roberta,
     siglip,
     t5,
@@ -38,10 +40,12 @@ FAMILIES: tuple[Family, ...] = (
     *clip.FAMILIES,
     *clip_open.FAMILIES,
     *siglip.FAMILIES,
+    *albef.FAMILIES,
     *blip.FAMILIES,
     *blip2.FAMILIES,
     *flava.FAMILIES,
     *vilt.FAMILIES,
+    *perceiver.FAMILIES,
     *vit_timm.FAMILIES,
     *vit_torchvision.FAMILIES,
     *ast.FAMILIES,

@@ -1,6 +1,6 @@
 """What files of Salesforce's own code share (ALBEF, BLIP, LAVIS): no config, timm's names for pictures, training state.
 
-Sizes are read off the tensors; `num_heads` and `text_heads` give what they do not show where heads have not 64 channels.
+Sizes are read off the tensors; `num_heads` and `text_heads` give those of heads that have not 64 channels each.
 """
 
 from __future__ import annotations
@@ -9,9 +9,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from mmformer.checkpoints.changes import Change, Given, Tensors
 from mmformer.checkpoints.families import clip, crossing, parts, towers
@@ -28,18 +25,17 @@ OPTIONS = (*towers.PICTURE_OPTIONS, "num_heads", "text_heads")
 MOMENTUM = "the momentum copy of the training, which a new training makes of the weights"
 QUEUE = "a queue of the training's last samples"
 IGNORED = {
-    **BUFFERS,
     **dict.fromkeys(
         ("visual_encoder_m.*", "text_encoder_m.*", "text_decoder_m.*", "vision_proj_m.*", "text_proj_m.*"), MOMENTUM
     ),
     **dict.fromkeys(("image_queue", "text_queue", "idx_queue", "queue_ptr", "ptr_queue"), QUEUE),
-    "temp": "the temperature of an objective, and none is loaded here",
+    **BUFFERS,
 }
 
 
 @dataclass(frozen=True)
 class Temperature(Change):
-    """What similarities are divided by, as the logarithm of what they are multiplied by; back to the last bit or two."""
+    """What similarities are divided by, as the logarithm of what they are multiplied by; back but for the last bits."""
 
     verb = "computed"
 
@@ -68,9 +64,9 @@ def tower(
     colours: Any,
     *,
     heads: int | None = None,
-    norm: bool = True,
+    norm_eps: float = 1e-6,
 ) -> Tower:
-    """The ViT of a file, by its tensors; with `norm` one stands behind its last layer.
+    """The ViT of a file, by its tensors; `norm_eps` is that of the norm behind its last layer.
 
     Raises:
         ValueError: a width whose heads are not known.
@@ -93,7 +89,7 @@ def tower(
         act="gelu",
         eps=1e-6,
     )
-    stack = layers.stack()
+    stack = layers.stack() | {"norm": parts.layer_norm(norm_eps)}
     return Tower(parts.encoder(towers.embedder(dim, pictures), [stack], FIRST), dim, pictures)
 
 
