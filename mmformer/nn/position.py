@@ -94,22 +94,25 @@ class PositionBeside(nn.Module):
 class Sinusoid(nn.Module):
     """Fixed sines and cosines of each axis, an equal share of the channels for each (arXiv 1706.03762, 3.5).
 
+    `amplitude` should be about the size of what they are added to. Word vectors start at 0.02: under sines of 1 a model
+    sees where a word stands long before it sees which word it is.
+
     Raises:
         ValueError: channels that do not divide by twice the number of axes.
     """
 
     rates: Tensor
 
-    def __init__(self, dim: int, axes: Sequence[str] = ("time",), theta: float = 10_000.0):
+    def __init__(self, dim: int, axes: Sequence[str] = ("time",), theta: float = 10_000.0, amplitude: float = 1.0):
         super().__init__()
-        self.axes = [_axis(axis) for axis in axes]
+        self.axes, self.amplitude = [_axis(axis) for axis in axes], amplitude
         if dim % (2 * len(self.axes)):
             raise ValueError(f"{dim} channels do not divide into pairs for {len(self.axes)} axes: use a multiple")
         self.register_buffer("rates", _rates(dim // len(self.axes), theta), persistent=False)
 
     def forward(self, position: Int[Tensor, "*B 3"]) -> Float[Tensor, "*B D"]:
         angles = position[..., self.axes, None] * self.rates
-        return torch.cat([angles.sin(), angles.cos()], -1).flatten(-2)
+        return torch.cat([angles.sin(), angles.cos()], -1).flatten(-2) * self.amplitude
 
 
 class SinusoidTable(nn.Module):
