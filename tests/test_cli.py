@@ -127,6 +127,18 @@ def test_a_model_with_parts_of_ones_own_is_opened_by_name(place, capsys, tmp_pat
         (["predict", "{place}/run", "--input", "no.csv"], "no.csv: no such file"),
         (["report", "{place}"], "is not a run"),
         (["runs", "{place}/nowhere"], "train first"),
+        (
+            ["convert", "{place}/run", "--to", "keras", "--output", "x"],
+            "is not one of 'transformers', 'timm', 'open_clip'",
+        ),
+        (
+            ["convert", "{place}/run", "--to", "timm", "--output", "{place}/run"],
+            "is there already: give another folder",
+        ),
+        (
+            ["convert", "{place}/run", "--to", "timm", "--output", "x", "--part", "encoders.smell"],
+            "no part 'encoders.smell' to convert: this model has encoders.text, encoders.image, encoders.audio",
+        ),
         (["predct"], "No such command 'predct'"),
         (["predict", "--colour"], "No such option"),
     ],
@@ -203,3 +215,40 @@ def test_report_writes_the_page_and_says_where(root, capsys):
     assert code == 0
     assert Path(out.strip()) == root / "digits" / "one" / "report.html"
     assert Path(out.strip()).stat().st_size > 10_000
+
+
+def test_convert_writes_a_folder_and_says_how_to_open_it(capsys, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the library to convert to")
+    from mmformer.checkpoints import load, save_model
+
+    size = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20}
+    reference = transformers.ViTForImageClassification(transformers.ViTConfig(**size, image_size=8, patch_size=4))
+    reference.save_pretrained(tmp_path / "vit")
+    loaded = load(tmp_path / "vit")
+    save_model(tmp_path / "run" / "model", loaded.model, {"model": loaded.config, "origins": [loaded.origin.plain()]})
+    capsys.readouterr()
+    out = tmp_path / "out"
+    code, printed, _ = run(capsys, "convert", tmp_path / "run", "--to", "transformers", "--output", out)
+    assert code == 0
+    assert printed.splitlines() == [
+        f"{out}: transformers/vit",
+        f'  transformers.ViTForImageClassification.from_pretrained("{out}")',
+    ]
+    again = transformers.ViTForImageClassification.from_pretrained(out)
+    assert all((a == b).all() for a, b in zip(again.parameters(), reference.parameters(), strict=True))
+
+
+def test_models_are_listed_with_what_was_measured(capsys):
+    from mmformer.checkpoints.families import FAMILIES
+
+    known = [f"{family.library}/{family.name}" for family in FAMILIES if family.library != "mmformer"]
+    code, out, _ = run(capsys, "models", "--json")
+    families = json.loads(out)["families"]
+    assert code == 0
+    assert set(known) == set(families), "run python -m benchmarks.parity"
+    assert all(0 < difference <= 1e-5 for family in families.values() for difference in family["classes"].values())
+    code, out, _ = run(capsys, "models")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines() if line.startswith(tuple(families))] == list(families)
+    page = (Path(__file__).resolve().parents[1] / "docs" / "pretrained.md").read_text()
+    assert not [name for name in families if f"`{name}`" not in page]

@@ -68,7 +68,7 @@ def save_model(
     config = {**config, "model": standalone(config["model"], model)}
     tensors, tied = _untie(_state(model, objectives or {}))
     text = _to_json({"format": FORMAT, "mmformer": _version(), **config})
-    with _replacing(folder) as temporary:
+    with replacing(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt", TIED: json.dumps(tied)})
         (temporary / CONFIG).write_text(text, encoding="utf-8")
         if tokenizer is not None:
@@ -83,7 +83,8 @@ def exported(run: Mapping[str, Any]) -> dict[str, Any]:
     data = run["data"]
     kept = {name: data[name] for name in ("features", "columns", "references") if name in data}
     parts = {name: run["module"][name] for name in ("model", "objectives")}
-    return {"task_name": run["task_name"], **parts, "facts": run["facts"], **kept}
+    came = {name: run[name] for name in ("origins",) if run.get(name)}
+    return {"task_name": run["task_name"], **parts, "facts": run["facts"], **kept, **came}
 
 
 def load_model(folder: Path | str, allow: Sequence[str] = (), trust: bool = False) -> SavedModel:
@@ -222,7 +223,7 @@ def _old(folder: Path) -> Path:
 
 
 @contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder` once all of it lies on the disk."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.tmp")

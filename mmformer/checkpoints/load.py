@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmformer.checkpoints.build import build
+from mmformer.checkpoints.origin import Origin, remember
 from mmformer.checkpoints.plan import Terms, plan
 from mmformer.checkpoints.report import LOADED, MisfitError, Report
 from mmformer.checkpoints.source import Source, open_source
@@ -29,7 +30,8 @@ class Loaded:
     """A model, or a part of one, in evaluation mode, with the account of its tensors.
 
     `config` is the plain config that built `model`; `described` is that of the whole checkpoint. `objectives` are those
-    that the file holds tensors of (the temperature of CLIP), for a whole model.
+    that the file holds tensors of (the temperature of CLIP), for a whole model. With `origin` among the `origins` of a
+    saved model's config, `convert` finds the way back.
     """
 
     model: nn.Module
@@ -38,6 +40,7 @@ class Loaded:
     config: dict[str, Any]
     described: Described
     family: Family
+    origin: Origin
 
 
 def load(
@@ -70,7 +73,15 @@ def load(
     report = fill(model, source, found.rules(described), terms, objectives=objectives, strict=strict)
     for made in (model, *objectives.values()):
         made.eval()
-    return Loaded(model=model, objectives=objectives, report=report, config=config, described=described, family=found)
+    return Loaded(
+        model=model,
+        objectives=objectives,
+        report=report,
+        config=config,
+        described=described,
+        family=found,
+        origin=remember(source, found, described, options, part),
+    )
 
 
 def load_into(

@@ -108,12 +108,23 @@ class Described:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Written:
+    """A model in the terms of a family: its config file, side files by name, and the layout that `rules` need."""
+
+    config: dict[str, Any]
+    layout: dict[str, Any]
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """The checkpoints of one model class in one library's layout.
 
     `describe(source, options)` raises a ValueError that names what the file does not say and `options` must.
     `options` are the names it takes. `ignored` maps patterns of source names to the reason; they apply only to what no
-    rule consumes.
+    rule consumes. `write` is the inverse of `describe`: from the plain config of a model, or of some parts of one, it
+    makes what the library is to read; its second argument is what that was, for a model that came from this family. A
+    ValueError says what the family cannot hold.
     """
 
     name: str
@@ -125,6 +136,7 @@ class Family:
     zeros: Names = ()
     configured: Names = CONFIGURED
     options: Names = ()
+    write: Callable[[Mapping[str, Any], Written | None], Written] | None = None
 
 
 def expand(rules: Iterable[Rule], sources: Iterable[str], targets: Iterable[str]) -> list[Rule]:

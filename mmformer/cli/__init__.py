@@ -1,4 +1,4 @@
-"""The command line: `mmformer predict`, `probe`, `report`, `runs`.
+"""The command line: `mmformer convert`, `models`, `predict`, `probe`, `report`, `runs`.
 
 Each command is a module that imports nothing heavy at its top, so that `mmformer --help` answers at once.
 """
@@ -11,6 +11,8 @@ from typing import Annotated
 import typer
 
 from mmformer import __version__
+from mmformer.cli.convert import convert
+from mmformer.cli.models import models
 from mmformer.cli.predict import predict
 from mmformer.cli.probe import probe
 from mmformer.cli.report import report
@@ -28,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (predict, probe, report, runs):
+for command in (predict, probe, report, runs, convert, models):
     app.command()(command)
 
 

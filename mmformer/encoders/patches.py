@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmformer.batch import Ragged
 from mmformer.encoders.encoder import packed
-from mmformer.nn.position import AXES
+from mmformer.nn.position import AXES, StretchedGrid
 from mmformer.tokens import Layout, Tokens
 
 Grid = tuple[int, int]
@@ -35,9 +35,9 @@ class Normalize(nn.Module):
 class LinearPatches(nn.Module):
     """Cut a plane into patches of `size` and map each linearly (ViT, arXiv 2010.11929)."""
 
-    def __init__(self, dim: int, channels: int, size: Grid, bias: bool = True):
+    def __init__(self, dim: int, channels: int, size: Sequence[int], bias: bool = True):
         super().__init__()
-        self.size = tuple(size)
+        self.size = (size[0], size[1])
         self.linear = nn.Linear(size[0] * size[1] * channels, dim, bias=bias)
 
     def grid(self, height: int, width: int) -> Grid:
@@ -66,7 +66,7 @@ class LinearPatches(nn.Module):
 class StridedPatches(nn.Module):
     """Patches of `size` that overlap or leave gaps, one every `stride` (AST, arXiv 2104.01778)."""
 
-    def __init__(self, dim: int, channels: int, size: Grid, stride: Grid):
+    def __init__(self, dim: int, channels: int, size: Sequence[int], stride: Sequence[int]):
         super().__init__()
         self.convolution = nn.Conv2d(channels, dim, (size[0], size[1]), (stride[0], stride[1]))
 
@@ -142,7 +142,7 @@ class PlaneEmbedder(nn.Module):
         normalize: nn.Module,
         *,
         modality: str,
-        axes: tuple[str, str],
+        axes: Sequence[str],
         position: Callable[[int], nn.Module] | None = None,
         class_tokens: Callable[[int], ClassTokens] | None = None,
     ):
@@ -156,9 +156,11 @@ class PlaneEmbedder(nn.Module):
         planes = [self.normalize(_as_planes(group)) for group in items.groups()]
         grids = [self.stem.grid(plane.shape[1], plane.shape[2]) for plane in planes]
         x = self.stem(planes)
-        position = self._positions([(grid, plane.shape[0]) for grid, plane in zip(grids, planes, strict=True)])
-        position = position.to(x.device, non_blocking=True)
-        if self.position is not None:
+        counted = [(grid, plane.shape[0]) for grid, plane in zip(grids, planes, strict=True)]
+        position = self._positions(counted).to(x.device, non_blocking=True)
+        if isinstance(self.position, StretchedGrid):
+            x = x + torch.cat([self.position(grid).repeat(count, 1) for grid, count in counted])
+        elif self.position is not None:
             x = x + self.position(position)
         lengths = [
             rows * columns for (rows, columns), plane in zip(grids, planes, strict=True) for _ in range(plane.shape[0])

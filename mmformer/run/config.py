@@ -28,8 +28,9 @@ FIXED = ("seed", "data", "module.model", "module.objectives", "module.seed", "mo
 
 FREE = (
     *("resume", "allow_changes", "ckpt_path", "pretrained", "origins", "paths", "logger", "extras", "task_name"),
-    *("tags", "fit", "test", "trainer.devices", "trainer.enable_progress_bar", "data.loader.num_workers", "data.loader.timeout"),
-    *("data.loader.prefetch_factor", "data.loader.pin_memory", "data.max_bad_fraction", "callbacks"),
+    *("tags", "fit", "test", "trainer.devices", "trainer.enable_progress_bar", "data.loader.num_workers"),
+    *("data.loader.timeout", "data.loader.prefetch_factor", "data.loader.pin_memory", "data.max_bad_fraction"),
+    "callbacks",
 )
 """What a resumed run may change without a word."""
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmformer.checkpoints.changes import Reshaped, Rows
-from mmformer.checkpoints.families import parts, texts, towers
+from mmformer.checkpoints.families import parts, sizes, texts, towers, vit
 from mmformer.checkpoints.families.parts import Config
 from mmformer.checkpoints.families.texts import LAYER as TEXT_LAYER
 from mmformer.checkpoints.families.texts import STACK, TABLE, TEXT
 from mmformer.checkpoints.families.towers import IMAGE, IMAGE_LAYER, Layers, Pictures
 from mmformer.checkpoints.source import Source
-from mmformer.checkpoints.table import Described, Family, Rule, join, rename
+from mmformer.checkpoints.table import Described, Family, Rule, Written, join, rename
 
 KINDS = ("clip", "clip_vision_model", "clip_text_model")
 SHARED: Config = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_hidden_layers": 12}
@@ -35,6 +35,10 @@ IGNORED = {
     "logit_bias": "the bias of an objective, and none is loaded here",
 }
 INITIAL_SCALE = 1 / 0.07
+STARTS = {"image": "vision_model.", "text": "text_model."}
+WORDS = {"image": "vision", "text": "text"}
+LARGEST = 2
+"""An `eos_token_id` by which transformers pools a text at its largest id, as other libraries do always."""
 
 
 def matches(source: Source) -> bool:
@@ -168,6 +172,73 @@ def text_rules(start: str) -> list[Rule]:
     ]
 
 
+def write(model: Mapping[str, Any], base: Written | None) -> Written:
+    """The config of transformers for both towers of ours, or for one alone."""
+    encoders, heads = model["encoders"], model.get("heads") or {}
+    sizes.refuse("transformers' CLIP", **{f"encoder_of_{name}": name not in STARTS for name in encoders})
+    config: Config = base.config if base else {}
+    written = {name: _WRITERS[name](encoder, _tower_of(config, name)) for name, encoder in encoders.items()}
+    width = next(filter(None, map(sizes.outputs, heads.values())), None)
+    if len(written) == 2:
+        kind = "CLIPModel"
+        towers_of = {"vision_config": written["image"], "text_config": written["text"]}
+        config = config | {"model_type": "clip", "projection_dim": width} | towers_of
+    else:
+        ((name, config),) = written.items()
+        word = WORDS[name]
+        kind = f"CLIP{word.title()}Model{'WithProjection' * bool(heads)}"
+        config |= {"model_type": f"clip_{word}_model"} | ({"projection_dim": width} if width else {})
+    layout: Config = {"starts": {name: STARTS[name] for name in encoders}}
+    files = {}
+    if "image" in encoders:
+        cells = sizes.cells(encoders["image"])
+        layout, files = layout | cells.layout(), vit.written_pictures(cells, base)
+    return Written(config=config | {"architectures": [kind]}, layout=layout, files=files)
+
+
+def _tower_of(config: Config, name: str) -> Config:
+    """The config of a tower inside that of the checkpoint, or all of it where that is the tower."""
+    word = WORDS[name]
+    if config.get("model_type", "").endswith(f"_{word}_model"):
+        return config
+    return config.get(f"{word}_config_dict") or config.get(f"{word}_config") or {}
+
+
+def _write_image(encoder: Config, before: Config) -> Config:
+    cells = sizes.cells(encoder)
+    sizes.refuse(
+        "transformers' CLIP",
+        tower_of_pictures_without_a_norm_in_front=not sizes.entry(encoder),
+        number_of_class_tokens_but_one=cells.tokens != 1,
+        bias_of_patches=cells.bias,
+    )
+    size = before.get("image_size", 224) if before else 0
+    size = size if size and cells.fits(size) else cells.size
+    cut = {"image_size": size, "patch_size": cells.side, "num_channels": cells.channels}
+    return before | _write_layers(sizes.layers(encoder)) | cut
+
+
+def _write_text(encoder: Config, before: Config) -> Config:
+    embedder = encoder["embedder"]
+    size = {"vocab_size": embedder["vocab_size"], "max_position_embeddings": embedder["position"]["num_positions"]}
+    return {"eos_token_id": LARGEST} | before | _write_layers(sizes.layers(encoder)) | size
+
+
+def _write_layers(layers: Layers) -> Config:
+    sizes.refuse("transformers' CLIP", factor_for_each_channel=layers.scaled)
+    return {
+        "hidden_size": layers.dim,
+        "num_hidden_layers": layers.depth,
+        "num_attention_heads": layers.heads,
+        "intermediate_size": layers.hidden,
+        "hidden_act": layers.act,
+        "layer_norm_eps": layers.eps,
+    }
+
+
+_WRITERS = {"image": _write_image, "text": _write_text}
+
+
 FAMILIES = (
     Family(
         name="clip",
@@ -175,6 +246,7 @@ FAMILIES = (
         matches=matches,
         describe=describe,
         rules=rules,
+        write=write,
         options=towers.PICTURE_OPTIONS,
         ignored=IGNORED | {"classifier.*": "reads patches in front of the last norm, which no head of this model does"},
         zeros=(BIAS,),

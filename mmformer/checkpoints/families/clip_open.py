@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from mmformer.checkpoints.changes import Reshaped, Rows, Transposed
-from mmformer.checkpoints.families import parts, texts, towers, vit_timm
+from mmformer.checkpoints.families import parts, sizes, texts, towers, vit_timm
 from mmformer.checkpoints.families.clip import BIAS, IGNORED, INITIAL_SCALE, SCALE
 from mmformer.checkpoints.families.parts import Config
 from mmformer.checkpoints.families.texts import LAYER as TEXT_LAYER
@@ -19,7 +19,7 @@ from mmformer.checkpoints.families.texts import STACK, TABLE, TEXT
 from mmformer.checkpoints.families.towers import IMAGE, IMAGE_LAYER, Layers
 from mmformer.checkpoints.families.vit import class_pool
 from mmformer.checkpoints.source import Source
-from mmformer.checkpoints.table import Described, Family, Rule, rename
+from mmformer.checkpoints.table import Described, Family, Rule, Written, rename
 
 VISION: Config = {
     "layers": 12, "width": 768, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 16, "image_size": 224,
@@ -201,6 +201,72 @@ def _layer_rules(ours: str, start: str) -> list[Rule]:
     ]
 
 
+def write(model: Mapping[str, Any], base: Written | None) -> Written:
+    """open_clip's config for both towers of ours, with their projections."""
+    encoders, heads = model["encoders"], model.get("heads") or {}
+    sizes.refuse("open_clip", model_of_one_tower=set(encoders) != {"image", "text"})
+    cells, image = sizes.cells(encoders["image"]), sizes.layers(encoders["image"])
+    if base and base.config:
+        config = base.config
+        if "timm" not in base.layout and not cells.fits((VISION | config["model_cfg"]["vision_cfg"])["image_size"]):
+            tower = config["model_cfg"]["vision_cfg"] | {"image_size": cells.size}
+            config = config | {"model_cfg": config["model_cfg"] | {"vision_cfg": tower}}
+        return Written(config=_coloured(config, cells), layout={**base.layout, **cells.layout()})
+    text, embedder = sizes.layers(encoders["text"]), encoders["text"]["embedder"]
+    by_pair = _by_pair(model.get("objectives") or {})
+    sizes.refuse(
+        "open_clip's CLIP",
+        factor_for_each_channel=image.scaled or text.scaled,
+        number_of_class_tokens_but_one=cells.tokens != 1,
+        bias_of_patches=cells.bias,
+        width_that_heads_do_not_divide=image.dim % image.heads > 0,
+        quick_gelu_in_one_tower_alone=(image.act == "quick_gelu") != (text.act == "quick_gelu"),
+    )
+    biased = bool(heads["text"].get("bias"))
+    vision_cfg = _write_tower(image) | {
+        "image_size": cells.size,
+        "head_width": image.dim // image.heads,
+        "patch_size": cells.side,
+        "no_ln_pre": not sizes.entry(encoders["image"]),
+    }
+    text_cfg = _write_tower(text) | {
+        "heads": text.heads,
+        "context_length": embedder["position"]["num_positions"],
+        "vocab_size": embedder["vocab_size"],
+        "no_causal_mask": not encoders["text"]["stages"][0]["visibility"].get("causal"),
+        "proj_bias": biased,
+    }
+    settings = {
+        "embed_dim": sizes.outputs(heads["image"]),
+        "quick_gelu": image.act == "quick_gelu",
+        "vision_cfg": vision_cfg,
+        "text_cfg": text_cfg,
+        **({"init_logit_bias": -10.0} if by_pair else {}),
+    }
+    layout = {"text": "", "biased": biased, "by_pair": by_pair, "scalar": (), **cells.layout()}
+    preprocess = {"size": cells.size, "mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest"}
+    return Written(config=_coloured({"model_cfg": settings, "preprocess_cfg": preprocess}, cells), layout=layout)
+
+
+def _coloured(config: Config, cells: sizes.Cells) -> Config:
+    return config | {"preprocess_cfg": (config.get("preprocess_cfg") or {}) | {"mean": cells.mean, "std": cells.std}}
+
+
+def _by_pair(objectives: Config) -> bool:
+    """Whether the loss is that of SigLIP, which has a bias."""
+    return any("sigmoid" in objective["loss"]["_target_"] for objective in objectives.values() if "loss" in objective)
+
+
+def _write_tower(layers: Layers) -> Config:
+    """What the two towers say alike."""
+    tower = {"layers": layers.depth, "width": layers.dim, "mlp_ratio": sizes.ratio(layers.hidden, layers.dim)}
+    if layers.eps != EPS:
+        tower["norm_kwargs"] = {"eps": layers.eps}
+    if layers.act == "gelu_pytorch_tanh":
+        tower["act_kwargs"] = {"approximate": "tanh"}
+    return tower
+
+
 FAMILIES = (
     Family(
         name="clip",
@@ -208,6 +274,7 @@ FAMILIES = (
         matches=matches_open_clip,
         describe=describe,
         rules=rules,
+        write=write,
         options=(*towers.PICTURE_OPTIONS, "model_cfg"),
         ignored=IGNORED | {"attn_mask": "the causal mask, which is a rule here", "text.attn_mask": "the causal mask"},
         zeros=(BIAS,),

@@ -39,6 +39,7 @@ def describe(source: Source, options: Mapping[str, Any]) -> Described:
         tokenizer=source.files.get("tokenizer.json"),
         layout={
             "start": start,
+            "origins": config.get("origins") or [],
             "names": {name: [copy for copy, kept in tied.items() if kept == name] for name in names},
         },
         ignored=dict.fromkeys((MODEL + "*", OBJECTIVES + "*"), "the checkpoint has an average of it") if start else {},

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mmformer.checkpoints.families import parts, texts, towers
+from mmformer.checkpoints.families import parts, sizes, texts, towers
 from mmformer.checkpoints.families.parts import Config
 from mmformer.checkpoints.families.towers import IMAGE, IMAGE_LAYER, Layers
 from mmformer.checkpoints.source import Source
-from mmformer.checkpoints.table import Described, Family, Rule, join, rename
+from mmformer.checkpoints.table import Described, Family, Rule, Written, join, rename
 
 DEFAULTS: Config = {
     "hidden_size": 768,
@@ -154,6 +154,64 @@ def rules(described: Described) -> list[Rule]:
     ]  # fmt: skip
 
 
+def write(model: Mapping[str, Any], base: Written | None) -> Written:
+    """The config of transformers for our ViT, with or without a classifier."""
+    encoder, heads = model["encoders"]["image"], model.get("heads") or {}
+    cells, layers = sizes.cells(encoder), sizes.layers(encoder)
+    sizes.refuse(
+        "transformers' ViT",
+        norm_in_front_of_its_layers=sizes.entry(encoder),
+        factor_for_each_channel=layers.scaled,
+        picture_without_a_class_token=cells.tokens not in (1, 2),
+        patches_without_a_bias=not cells.bias,
+    )
+    kind, name = ("deit", "DeiT") if cells.tokens == 2 else ("vit", "ViT")
+    config = {
+        **(base.config if base else {}),
+        "model_type": kind,
+        "hidden_size": layers.dim,
+        "num_hidden_layers": layers.depth,
+        "num_attention_heads": layers.heads,
+        "intermediate_size": layers.hidden,
+        "hidden_act": layers.act,
+        "layer_norm_eps": layers.eps,
+        "patch_size": cells.side,
+        "num_channels": cells.channels,
+        "qkv_bias": layers.qkv_bias,
+    }
+    if not cells.fits(config.get("image_size", cells.size)) or "image_size" not in config:
+        config["image_size"] = cells.size
+    taught = "parts" in heads.get("label", {})
+    if label := heads.get("label"):
+        count = sizes.outputs(label["parts"][0] if taught else label)
+        if count != len(config.get("id2label") or ()):
+            config["id2label"] = {str(i): f"LABEL_{i}" for i in range(count or 0)}
+            config["label2id"] = {name: int(i) for i, name in config["id2label"].items()}
+    if pooler := heads.get("pooler"):
+        dense, act = pooler["_args_"]
+        config |= {"pooler_output_size": dense["out_features"], "pooler_act": sizes.activation(act)}
+    ending = "Model" if not label else "ForImageClassification" + "WithTeacher" * taught
+    return Written(
+        config=config | {"architectures": [f"{name}{ending}"]},
+        layout={"prefix": f"{kind}." if label else "", "tokens": cells.tokens, **cells.layout()},
+        files=written_pictures(cells, base),
+    )
+
+
+def written_pictures(cells: sizes.Cells, base: Written | None) -> dict[str, Config]:
+    """The preprocessor_config.json of a family of transformers: what was there, in the colours and size of now."""
+    said = (base.files if base else {}) or {"preprocessor_config.json": {
+        "image_processor_type": "ViTImageProcessor", "do_resize": True, "resample": 3, "do_rescale": True,
+        "rescale_factor": 1 / 255, "do_normalize": True,
+        "size": dict(zip(("height", "width"), towers.pair(cells.size), strict=True)),
+    }}  # fmt: skip
+    colours = {"image_mean": cells.mean, "image_std": cells.std}
+    return {
+        name: held | colours if {"image_mean", "image_processor_type"} & set(held) else held
+        for name, held in said.items()
+    }
+
+
 def _family(name: str, matches: Callable[[Source], bool]) -> Family:
     return Family(
         name=name,
@@ -161,6 +219,7 @@ def _family(name: str, matches: Callable[[Source], bool]) -> Family:
         matches=matches,
         describe=describe,
         rules=rules,
+        write=write,
         options=OPTIONS,
         ignored={
             "*embeddings.mask_token": "stands for hidden patches, which this model does not have",

@@ -11,12 +11,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mmformer.checkpoints.families import parts, towers
+from mmformer.checkpoints.families import parts, sizes, towers
 from mmformer.checkpoints.families.parts import Config
 from mmformer.checkpoints.families.towers import IMAGE, IMAGE_LAYER, Layers, Pictures
 from mmformer.checkpoints.families.vit import LABEL, class_pool, label_head, label_rules, other_classes
 from mmformer.checkpoints.source import Source
-from mmformer.checkpoints.table import Described, Family, Rule, rename
+from mmformer.checkpoints.table import Described, Family, Rule, Written, rename
 
 HEADS = {192: 3, 256: 4, 384: 6, 512: 8, 640: 10, 768: 12, 896: 14} | dict.fromkeys(
     (1024, 1152, 1280, 1408, 1536, 1664), 16
@@ -180,6 +180,66 @@ def rules(described: Described, prefix: str = "") -> list[Rule]:
     ]
 
 
+def write(model: Mapping[str, Any], base: Written | None) -> Written:
+    """timm's config for our ViT, with or without a classifier; another size or classes than those it came with too."""
+    encoder, heads = model["encoders"]["image"], model.get("heads") or {}
+    cells, layers = sizes.cells(encoder), sizes.layers(encoder)
+    label = heads.get("label")
+    count = sizes.outputs(label["parts"][0] if "parts" in label else label) if label else 0
+    config = _renewed(base, cells) if base and base.config else _named(encoder, cells, layers)
+    layout = base.layout if base else {"tokens": cells.tokens, "own": cells.tokens, "scaled": layers.scaled}
+    trained = config["pretrained_cfg"] | {"mean": cells.mean, "std": cells.std, "num_classes": count}
+    return Written(
+        config=config | {"num_classes": count, "num_features": layers.dim, "pretrained_cfg": trained},
+        layout={**layout, **cells.layout()},
+    )
+
+
+def _renewed(base: Written, cells: sizes.Cells) -> Config:
+    """The config that a model came with, for pictures of its size now."""
+    config, trained = base.config, dict(base.config.get("pretrained_cfg") or {})
+    arguments = dict(config.get("model_args") or {})
+    if not cells.fits(arguments.get("img_size") or trained.get("input_size", [3, 0, 0])[1:]):
+        arguments["img_size"] = cells.size
+        trained["input_size"] = [cells.channels, *towers.pair(cells.size)]
+    return config | {"pretrained_cfg": trained, "model_args": arguments}
+
+
+def _named(encoder: Config, cells: sizes.Cells, layers: Layers) -> Config:
+    """An architecture of timm with the epsilon and the non-linearity of ours, and its sizes as arguments."""
+    normed = sizes.entry(encoder)
+    clip = f"vit_base_patch16_clip{'_quickgelu' * (layers.act == 'quick_gelu')}_224"
+    plain = "deit_base_distilled_patch16_224" if cells.tokens == 2 else "vit_base_patch16_224"
+    sizes.refuse(
+        "timm's ViT",
+        picture_without_a_class_token=cells.tokens == 0,
+        **{f"activation_{layers.act}_there": layers.act not in (("gelu", "quick_gelu") if normed else ("gelu",))},
+    )
+    arguments = {
+        "img_size": cells.size,
+        "patch_size": cells.side,
+        "in_chans": cells.channels,
+        "embed_dim": layers.dim,
+        "depth": layers.depth,
+        "num_heads": layers.heads,
+        "mlp_ratio": sizes.ratio(layers.hidden, layers.dim),
+        "qkv_bias": layers.qkv_bias,
+        **({"init_values": 1e-6} if layers.scaled else {}),
+    }
+    trained = {
+        "input_size": [cells.channels, *towers.pair(cells.size)],
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "crop_mode": "squash",
+    }
+    return {
+        "architecture": clip if normed else plain,
+        "global_pool": "token",
+        "model_args": arguments,
+        "pretrained_cfg": trained,
+    }
+
+
 FAMILIES = (
     Family(
         name="vit",
@@ -187,6 +247,7 @@ FAMILIES = (
         matches=matches,
         describe=describe,
         rules=rules,
+        write=write,
         options=(*towers.PICTURE_OPTIONS, "architecture", "num_heads", "activation", "norm_eps", "num_classes"),
     ),
 )
