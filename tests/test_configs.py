@@ -132,6 +132,11 @@ def test_the_check_itself_finds_a_key_that_is_wrong_and_one_that_is_double() -> 
         (["data=digit"], "no option 'digit' in group 'data'; did you mean 'digits'?; there are: digits, manifest"),
         (["trainer=gpus"], "no option 'gpus' in group 'trainer'; did you mean 'gpu'?"),
         (["trainer.max_steps=["], "cannot read the override 'trainer.max_steps=['"),
+        (
+            ["module.model.fusion.pool={rank: 4}"],
+            "no key 'module.model.fusion.pool' in the config with these keys in it; "
+            "a key more is +module.model.fusion.pool.<key>=<value>",
+        ),
         (["sede=1"], "no key 'sede' in the config; did you mean 'seed'?"),
     ],
 )

@@ -76,6 +76,8 @@ def _quoted(text: str) -> str | None:
 
 def _nearest(word: str, options: Sequence[str]) -> str:
     """`; did you mean ...?` by whole key, else by the last part of it."""
+    if word in options:
+        return f" with these keys in it; a key more is +{word}.<key>=<value>"
     close = difflib.get_close_matches(word, options, n=1, cutoff=0.75)
     if not close:
         tails = {option.rsplit(".", 1)[-1]: option for option in reversed(options)}
