@@ -5,11 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+UNREAD = ("pooler.*", "*.mask_token", "*masked_spec_embed")
+"""Tensors that a class has and that no output of the model here depends on: a pooler behind an encoder that has none,
+and what stands for hidden places, in pre-training alone."""
 
 LONGEST = 300
 """Characters of another library's error, which may list every tensor."""
@@ -98,7 +103,8 @@ def try_to_open(library: Library, folder: Path, config: dict[str, Any], wrote: d
             return "", f"not opened with {library.name}, which is not installed: {extra} to check it"
         except (RuntimeError, TypeError, KeyError, OSError) as error:
             raise ValueError(f"{library.name} does not open it: {' '.join(str(error).split())[:LONGEST]}") from error
-    absent = [name for name in opened.absent if not name.startswith("pooler.")]
+    unread = [name for name in opened.absent if any(fnmatchcase(name, pattern) for pattern in UNREAD)]
+    absent = [name for name in opened.absent if name not in unread]
     wrong = [f"it lacks {', '.join(absent)}"] if absent else []
     wrong += [f"it has no place for {', '.join(opened.strange)}"] if opened.strange else []
     if opened.tensors is not None:
@@ -107,5 +113,5 @@ def try_to_open(library: Library, folder: Path, config: dict[str, Any], wrote: d
         wrong += [f"it holds otherwise {', '.join(unlike)}"] if unlike else []
     if wrong:
         raise ValueError(f"{library.name} does not hold what was written: {'; '.join(wrong)}")
-    note = "without a pooler, which the model here does not have (add_pooling_layer=False)" if opened.absent else ""
-    return opened.how, note
+    names = ", ".join(unread)
+    return opened.how, f"not in this model, so drawn anew by {library.name}: {names}" if unread else ""

@@ -34,7 +34,7 @@ def _show(found: dict[str, Any]) -> None:
     for name, family in found["families"].items():
         classes = family["classes"]
         columns = [", ".join(names) for names in (classes, family["parts"], family["resizes"], family["converts"])]
-        table.add_row(name, *columns, f"{max(classes.values(), default=0):.1e}")
+        table.add_row(name, *columns, f"{max(classes.values()):.1e}" if classes else "-")
     console = Console()
     (console if console.is_terminal else Console(width=160)).print(table)
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())

@@ -432,7 +432,7 @@ def test_an_artefact_of_the_tracker(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "module", "remedy"),
     [
-        ("org/name", "huggingface_hub", r"pip install mmformer\[transformers\]"),
+        ("org/name", "huggingface_hub", r"pip install 'mmformer\[hub\]'"),
         ("wandb:e/p/n:v1", "wandb", "pip install wandb"),
     ],
 )
