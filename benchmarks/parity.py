@@ -52,6 +52,10 @@ class Recorder:
         oracles.scramble, oracles.close = self.scramble(oracles.scramble), self.close(oracles.close)
         loading.describe, loading.load = self.describe(loading.describe), self.load(loading.load)
 
+    def pytest_runtest_logstart(self) -> None:
+        """A reference of another test counts for this one only if this one makes none."""
+        self.size = 0
+
     def scramble(self, scramble: Callable[..., Any]) -> Callable[..., Any]:
         """Notes the class of the reference: the largest module since the last load that is none of ours."""
 
