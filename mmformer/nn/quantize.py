@@ -207,8 +207,11 @@ class ResidualVQ(Quantizer):
 
     def vectors(self, ids: Int[Tensor, "N q"]) -> Float[Tensor, "N D"]:
         """The sum of the codes; of the first stages alone where there are fewer ids."""
-        total = self._stages()[0].codebook.new_zeros(len(ids), self.dim)
-        for stage, column in zip(self._stages(), ids.split(1, 1), strict=False):
+        stages = self._stages()
+        if ids.shape[1] > len(stages):
+            raise ValueError(f"{ids.shape[1]} ids for each vector, but {len(stages)} stages: leave the last ones out")
+        total = stages[0].codebook.new_zeros(len(ids), self.dim)
+        for stage, column in zip(stages[: ids.shape[1]], ids.split(1, 1), strict=True):
             total = total + stage.vectors(column)
         return total
 
