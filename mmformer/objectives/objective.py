@@ -43,9 +43,15 @@ class Objective(nn.Module):
     headline: ClassVar[tuple[str, Literal["min", "max"]] | None] = None
     by_subset: ClassVar[bool] = True
 
+    def prepare(self, model: Model) -> None:
+        """Called once, when the weights are loaded and before an optimizer is made: the time to copy from the model."""
+
     def forward(self, model: Model, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
         """Named scalar losses; empty when no sample of the batch has what the objective needs."""
         raise NotImplementedError
+
+    def advance(self, model: Model) -> None:
+        """Called after every step of the optimizer, however many batches it gathered: queues and averages move on."""
 
     def predict(self, model: Model, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
         """What it predicts, each with a row for every sample; empty for an objective that only trains."""

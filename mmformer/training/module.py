@@ -99,6 +99,9 @@ class Training(pl.LightningModule):
                 torch.manual_seed(counter_seed(self.seed, "adapters"))
                 self.schedule = self.finetune.apply(self.model)
         self.schedule.set(self.model, self.schedule.last)
+        for objective in self.objectives.values():
+            assert isinstance(objective, Objective)
+            objective.prepare(self.model)
         if self.ema is not None:
             self.average = Average(self._trained(), self.ema)
         self._set_stage(0)
@@ -206,6 +209,9 @@ class Training(pl.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
+        for objective in self.objectives.values():
+            assert isinstance(objective, Objective)
+            objective.advance(self.model)
         step = self.global_step + 1  # Lightning counts after this hook
         if self.average is not None:
             self.average.update(self._trained(), step)
