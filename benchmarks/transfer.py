@@ -2,7 +2,7 @@
 
     uv run python -m benchmarks.transfer --steps 300 --seeds 0 1 2
 
-Trains pictures and names of icons once (`experiment=icons`, in colour, so that the encoder fits), then pictures and
+Trains pictures and names of icons once (`experiment=clip`, in colour, so that the encoder fits), then pictures and
 names of emoji from there: each way with the same steps and rows. The test holds names that no training row has.
 Figures are recalls in % of the test, the mean over both directions, beside chance.
 """
@@ -35,7 +35,7 @@ def main() -> None:
     common = [f"extras.threads={options.threads}", "data.features.image.channels=3"]
     source = options.folder / "icons"
     steps = [f"trainer.max_steps={options.source_steps}"]
-    train(source, ["experiment=icons", "seed=0", *common, *steps])
+    train(source, ["experiment=clip", "seed=0", *common, *steps])
     print(f"{'emoji':<14} {'r@1':>12} {'r@10':>12} {'mean':>12}   after {options.steps} steps, seeds {options.seeds}")
     for way, given in WAYS.items():
         rows = []
@@ -43,7 +43,7 @@ def main() -> None:
             folder = options.folder / f"{way.replace(' ', '_')}_{seed}"
             steps = [f"trainer.max_steps={options.steps}", "data.columns.audio=null"]
             start = [word.format(source=source) for word in given]
-            rows.append(train(folder, ["experiment=emoji", f"seed={seed}", *common, *steps, *start]))
+            rows.append(train(folder, ["experiment=imagebind", f"seed={seed}", *common, *steps, *start]))
         print(f"{way:<14} " + " ".join(f"{spread([row[name] for row in rows]):>12}" for name in METRICS))
 
 

@@ -129,7 +129,7 @@ def test_the_check_itself_finds_a_key_that_is_wrong_and_one_that_is_double() -> 
     [
         (["trainer.max_epoch=3"], "no key 'trainer.max_epoch' in the config; did you mean 'trainer.max_epochs'?"),
         (["optimizer.lr=1"], "no key 'optimizer.lr' in the config; did you mean 'module.optimizer.lr'?"),
-        (["data=digit"], "no option 'digit' in group 'data'; did you mean 'digits'?; there are: digits, manifest"),
+        (["data=digit"], "no option 'digit' in group 'data'; did you mean 'digits'?; there are: digits, emoji, icons, manifest"),
         (["trainer=gpus"], "no option 'gpus' in group 'trainer'; did you mean 'gpu'?"),
         (["trainer.max_steps=["], "cannot read the override 'trainer.max_steps=['"),
         (
