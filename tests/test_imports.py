@@ -24,7 +24,7 @@ RANK = {part: rank for rank, parts in enumerate([*MODEL, "training"]) for part i
 DATA = {"datasets"}
 """Imports `batch` only; files mean nothing to the model, so training and what lies above it alone may import it."""
 
-ABOVE = {"checkpoints", "run", "predict", "report", "export", "compress", "search", "cli"}
+ABOVE = {"checkpoints", "run", "predict", "writing", "report", "export", "compress", "search", "evaluate", "cli"}
 """Import the model, and nothing below imports them; training saves checkpoints, and may import those."""
 
 HEAVY = {
@@ -38,6 +38,7 @@ HEAVY = {
     "matplotlib",
     "datasets",
     "timm",
+    "faiss",
 }
 TRAINERS = {"hydra", "omegaconf", "pytorch_lightning", "lightning", "wandb"}
 
