@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
+import numpy as np
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Bool, Shaped
 from torch import Tensor
 
 
@@ -22,17 +23,27 @@ class Ragged:
     Item i has the shape `shapes[i] + values.shape[1:]` and belongs to sample `rows[i]` of the batch. A text has the
     shape (length,), a picture (height, width), a waveform (samples,), a log-mel spectrogram (frames,). Items are
     sorted by shape, so that those of equal shape adjoin and one kernel call serves them all.
+
+    Where a sample is a sequence of items (text, picture, text), `places[i]` is the place of item i in it, counted over
+    all modalities; empty where samples have no such order. `hidden` says, for each cell that an encoder cuts the
+    items into, whether it is not to see it: masked modelling sets it for the time of one encoding.
     """
 
     values: Shaped[Tensor, "N ..."]
     shapes: tuple[tuple[int, ...], ...]
     rows: tuple[int, ...]
+    places: tuple[int, ...] = ()
+    hidden: Bool[np.ndarray, " T"] | None = None
 
     @classmethod
-    def stack(cls, items: Sequence[Tensor], rows: Sequence[int], feature_dims: int = 0) -> Ragged:
+    def stack(
+        cls, items: Sequence[Tensor], rows: Sequence[int], feature_dims: int = 0, places: Sequence[int] = ()
+    ) -> Ragged:
         """Lay items end to end; the last `feature_dims` axes (colours, mel bins) must agree between them."""
         if len(items) != len(rows):
             raise ValueError(f"{len(items)} items but {len(rows)} rows: give one row for each item")
+        if places and len(places) != len(items):
+            raise ValueError(f"{len(items)} items but {len(places)} places: give one place for each item, or none")
         cut = [tuple(item.shape[: item.ndim - feature_dims]) for item in items]
         order = sorted(range(len(items)), key=lambda i: (prod(cut[i]), cut[i]))
         feature = tuple(items[0].shape[items[0].ndim - feature_dims :]) if items else ()
@@ -41,6 +52,7 @@ class Ragged:
             values=torch.cat(flat) if flat else torch.empty(0),
             shapes=tuple(cut[i] for i in order),
             rows=tuple(rows[i] for i in order),
+            places=tuple(places[i] for i in order) if places else (),
         )
 
     def __len__(self) -> int:
@@ -67,11 +79,22 @@ class Ragged:
                 yield next(rows), item
 
     def keep(self, rows: Mapping[int, int]) -> Ragged | None:
-        """Keep the items whose row is a key of `rows`, renumbered by it; None when none is left."""
-        kept = [(rows[row], item) for row, item in self.items() if row in rows]
+        """Keep the items whose row is a key of `rows`, renumbered by it; None when none is left.
+
+        Raises:
+            ValueError: items of which something is hidden.
+        """
+        if self.hidden is not None:
+            raise ValueError("cells of these items are hidden: choose the samples first, then hide")
+        kept = [(i, item) for i, (row, item) in enumerate(self.items()) if row in rows]
         if not kept:
             return None
-        return Ragged.stack([item for _, item in kept], [row for row, _ in kept], self.values.ndim - 1)
+        return Ragged.stack(
+            [item for _, item in kept],
+            [rows[self.rows[i]] for i, _ in kept],
+            self.values.ndim - 1,
+            [self.places[i] for i, _ in kept] if self.places else (),
+        )
 
     def to(self, *args, **kwargs) -> Ragged:
         return replace(self, values=self.values.to(*args, **kwargs))

@@ -89,7 +89,7 @@ class Codec(nn.Module):
         """The ids of items: for each a grid (rows, columns) of Q int64 ids, in the order of the items."""
         grids = tuple(self.encoder.stem.grid(*size) for size in _sizes(items))
         latents = self(items, max(items.rows, default=0) + 1).x[0]
-        return Ragged(values=self.quantizer.nearest(latents), shapes=grids, rows=items.rows)
+        return replace(items, values=self.quantizer.nearest(latents), shapes=grids)
 
     @torch.no_grad()
     def decode(self, codes: Ragged, like: Ragged | None = None) -> Ragged:

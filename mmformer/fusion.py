@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import NoReturn
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mmformer.tokens import LATENT, PADDING, Layout, Tokens, latent_tokens, merge
+from mmformer.nn.media import in_time
+from mmformer.nn.memory import Memory, by_token
+from mmformer.nn.sequences import in_order, nothing
+from mmformer.nn.transformer import Transformer
+from mmformer.tokens import LATENT, Tokens, latent_tokens, merge
 from mmformer.visibility import Visibility
 
 
 class Mark(nn.Module):
     """Add a learned vector that says which modality a token is of."""
+
+    by_token = True
 
     def __init__(self, dim: int):
         super().__init__()
@@ -27,6 +33,8 @@ class Mark(nn.Module):
 
 class Mapped(nn.Module):
     """The vectors of tokens through a map that knows nothing of tokens: a linear layer, a norm."""
+
+    by_token = True
 
     def __init__(self, part: nn.Module):
         super().__init__()
@@ -40,11 +48,7 @@ class InOrder(nn.Module):
     """Times 0, 1, 2, ... for the tokens of each segment: a picture that a language model reads token by token."""
 
     def forward(self, tokens: Tokens) -> Tokens:
-        time = np.arange(tokens.x.shape[1])
-        if tokens.layout is not None:
-            time[: tokens.layout.total] -= np.repeat(tokens.layout.offsets[:-1], tokens.layout.lengths)
-        ticks = torch.from_numpy(time).to(tokens.x.device, non_blocking=True).expand_as(tokens.segment)
-        return replace(tokens, position=torch.cat([ticks[..., None], tokens.position[..., 1:]], -1))
+        return in_order(tokens)
 
 
 class Fusion(nn.Module):
@@ -52,7 +56,8 @@ class Fusion(nn.Module):
 
     `stream` names, in order, what is mixed and comes out; "latent" stands for `num_latents` learned tokens that every
     sample has, so that a sample lacking every other modality still has a row. `context` names what is only looked at,
-    by layers with cross-attention. `sequential` counts time through the stream, as causal attention needs.
+    by layers with cross-attention. `sequential` counts time through the stream, as causal attention needs; the context
+    then knows from when until when it is what a text saw last (`Visibility.current`, Flamingo).
 
         concatenation  stream [latent, image, audio, text]
         cross          stream [latent, text], context [image, audio]                      (ALBEF, BLIP)
@@ -93,11 +98,20 @@ class Fusion(nn.Module):
         )
         self.transformer, self.pool = transformer, pool
 
-    def forward(self, encoded: dict[str, Tokens], num_samples: int, visibility: Visibility | None = None) -> Tokens:
+    def forward(
+        self,
+        encoded: dict[str, Tokens],
+        num_samples: int,
+        visibility: Visibility | None = None,
+        memory: Memory | None = None,
+    ) -> Tokens:
         """The mixed stream; samples without any token of it have no segment.
 
-        `visibility` adds to the Transformer's own rule: which of the Q-Former's masks, for one.
+        `visibility` adds to the Transformer's own rule: which of the Q-Former's masks, for one. With a `memory`, more
+        of the modality that it `grows` can follow by `extend`.
         """
+        if memory is not None:
+            self._check_grows(memory.grows, encoded)
         packed = all(t.layout is not None for t in encoded.values())
         streams = [
             self._latents(num_samples, packed) if name == LATENT else self.entrances[name](encoded[name])
@@ -112,19 +126,55 @@ class Fusion(nn.Module):
         tokens = merge(streams, sequential=self.sequential)
         if self.transformer is None:
             return tokens
-        return self.transformer(tokens, self._context(encoded, tokens), visibility)
+        context = self._context(encoded, streams, tokens)
+        if memory is None:
+            return self.transformer(tokens, context, visibility)
+        return self.transformer(tokens, context, visibility, memory)
+
+    def extend(self, name: str, tokens: Tokens, memory: Memory, visibility: Visibility | None = None) -> Tokens:
+        """Further tokens of the modality `name`, padded, mixed with all of the stream and context before them.
+
+        `visibility` is that of the first pass.
+        """
+        tokens = self.entrances[name](tokens)
+        tokens = replace(tokens, segment=tokens.segment.clamp(max=0))  # a sample is one segment here
+        if self.transformer is None:
+            return tokens
+        if self.sequential:
+            time = tokens.position[..., :1]
+            start = memory.of(self.transformer).next_time()[:, None, None]
+            tokens = replace(tokens, position=torch.cat([time - time[:, :1] + start, tokens.position[..., 1:]], -1))
+        return self.transformer(tokens, None, visibility, memory)
+
+    def _check_grows(self, name: str, encoded: Mapping[str, Tokens]) -> None:
+        """Stop if more tokens of a modality would not come last, or if something keeps no memory of them.
+
+        Raises:
+            ValueError: another modality stands behind it in the stream, or it is context.
+            TypeError: its entrance or the Transformer does not take tokens one at a time.
+        """
+        layout = encoded[name].layout if name in encoded else None
+        ordered = layout is not None and layout.places
+        if name not in self.stream or (self.stream[-1] != name and not ordered):
+            raise ValueError(f"the stream is {self.stream}: {name!r} can be continued where it is the last of it")
+        if not by_token(self.entrances[name]):
+            raise TypeError(f"the entrance of {name!r} does not take its tokens one at a time: use one that does")
+        if self.transformer is not None and not isinstance(self.transformer, Transformer):
+            raise TypeError(f"{type(self.transformer).__name__} keeps no memory: let a Transformer mix the stream")
 
     def _latents(self, num_samples: int, packed: bool) -> Tokens:
         assert self.latents is not None
         return latent_tokens(self.latents, num_samples, packed)
 
-    def _context(self, encoded: dict[str, Tokens], tokens: Tokens) -> Tokens | None:
+    def _context(self, encoded: dict[str, Tokens], streams: Sequence[Tokens], tokens: Tokens) -> Tokens | None:
         """The context in the order of the stream's samples, so that kernels can walk both together."""
         if not self.context:
             return None
         found = [self.entrances[name](encoded[name]) for name in self.context if name in encoded]
         if not found:
-            return _nothing(tokens)
+            return nothing(tokens)
+        if self.sequential:
+            found = in_time(found, streams)
         if tokens.layout is None:
             return merge(found)
         first = tokens.layout.samples
@@ -141,7 +191,8 @@ class Cascade(nn.Module):
 
     BLIP's answers look at questions that have looked at the picture: earlier {text: stream [text], context [image]},
     last stream [answer], context [text]. BLIP-2's language model reads its Q-Former: earlier {image: stream [latent],
-    context [image]}, last stream [image, text]. One whose inputs a batch lacks is left out; `visibility` is the last's.
+    context [image]}, last stream [image, text]. What is made may also have a name that no encoder has. One whose inputs
+    a batch lacks is left out; `visibility` is the last's.
 
     Raises:
         ValueError: an earlier one under the name of a modality that none behind it reads.
@@ -154,20 +205,94 @@ class Cascade(nn.Module):
         if unread := sorted(set(earlier) - read):
             raise ValueError(f"the cascade makes {unread} but its fusions read {sorted(read)}: name one of these")
         self.stream = last.stream
-        self.entrances = read
+        self.entrances = self._given()
 
-    def forward(self, encoded: dict[str, Tokens], num_samples: int, visibility: Visibility | None = None) -> Tokens:
-        """The stream of the last fusion."""
+    def _given(self) -> set[str]:
+        """The modalities that encoders must give: what is read before any fusion has made it."""
+        made: set[str] = set()
+        given: set[str] = set()
+        for name, fusion in [*self.earlier.items(), ("", self.last)]:
+            given |= set(fusion.entrances) - made
+            made.add(name)
+        return given
+
+    def forward(
+        self,
+        encoded: dict[str, Tokens],
+        num_samples: int,
+        visibility: Visibility | None = None,
+        memory: Memory | None = None,
+    ) -> Tokens:
+        """The stream of the last fusion; with a `memory`, more of the modality that it grows can follow."""
         found = dict(encoded)
         for name, fusion in self.earlier.items():
             assert isinstance(fusion, Fusion)
+            if memory is not None and memory.grows in fusion.entrances:
+                raise ValueError(
+                    f"the fusion that makes {name!r} reads {memory.grows!r}, which is to be continued: let it read "
+                    "another modality, such as the question in front of an answer"
+                )
             if not found.keys().isdisjoint(fusion.entrances.keys()):
                 found[name] = fusion(found, num_samples)
-        return self.last(found, num_samples, visibility)
+        return self.last(found, num_samples, visibility, memory)
+
+    def extend(self, name: str, tokens: Tokens, memory: Memory, visibility: Visibility | None = None) -> Tokens:
+        """Further tokens of the modality `name`, padded; all that the earlier fusions read came before."""
+        return self.last.extend(name, tokens, memory, visibility)
 
     def summary(self, tokens: Tokens) -> Float[Tensor, "N D"]:
         """One vector a sample."""
         return self.last.summary(tokens)
+
+
+class Exchange(nn.Module):
+    """Modalities that stay sequences of their own and look at each other on the way: MBT, MulT.
+
+    `mixer` is called with the names of the stream and makes the part that turns {modality: Tokens} into the same,
+    mixed; then all are joined by sample, and `pool` reads them. `entrances` map a modality's tokens in front of it.
+    """
+
+    def __init__(
+        self,
+        stream: Sequence[str],
+        mixer: Callable[[Sequence[str]], nn.Module],
+        pool: nn.Module,
+        *,
+        entrances: Mapping[str, nn.Module] | None = None,
+    ):
+        super().__init__()
+        self.stream = list(stream)
+        given = entrances or {}
+        self.entrances = nn.ModuleDict({name: given.get(name) or nn.Identity() for name in self.stream})
+        self.mixer, self.pool = mixer(self.stream), pool
+
+    def forward(
+        self,
+        encoded: dict[str, Tokens],
+        num_samples: int,
+        visibility: Visibility | None = None,
+        memory: Memory | None = None,
+    ) -> Tokens:
+        """All modalities' tokens; samples without any have no segment.
+
+        Raises:
+            TypeError: a memory, which would have to keep what each layer exchanged.
+            ValueError: the batch has no modality of the stream.
+        """
+        if memory is not None:
+            self.extend()
+        streams = {name: self.entrances[name](encoded[name]) for name in self.stream if name in encoded}
+        if not streams:
+            raise ValueError(f"the batch has {sorted(encoded) or 'no modality'} but the stream is {self.stream}")
+        return merge(list(self.mixer(streams, num_samples, visibility).values()))
+
+    def extend(self, *_) -> NoReturn:
+        """Refuse to go on from a memory."""
+        raise TypeError(f"{type(self.mixer).__name__} keeps no memory: let a Fusion mix what is to be continued")
+
+    def summary(self, tokens: Tokens) -> Float[Tensor, "N D"]:
+        """One vector a sample."""
+        return self.pool(tokens)
 
 
 class View(nn.Module):
@@ -179,15 +304,3 @@ class View(nn.Module):
     def __init__(self, modalities: Sequence[str], pool: nn.Module, visibility: Visibility | None = None):
         super().__init__()
         self.modalities, self.pool, self.visibility = list(modalities), pool, visibility
-
-
-def _nothing(like: Tokens) -> Tokens:
-    """A context without tokens, for a batch in which no sample has one."""
-    rows = like.x.shape[0]
-    return Tokens(
-        x=like.x.new_zeros(rows, 0, like.x.shape[-1]),
-        modality=like.modality.new_zeros(rows, 0),
-        position=like.position.new_zeros(rows, 0, 3),
-        segment=like.segment.new_full((rows, 0), PADDING),
-        layout=None if like.layout is None else Layout((), (), like.num_samples),
-    )

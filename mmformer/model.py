@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn, zeros
 
 from mmformer.batch import Batch
-from mmformer.fusion import Cascade, Fusion, View
+from mmformer.fusion import Cascade, Exchange, Fusion, View
 from mmformer.heads import VocabularyHead
 from mmformer.pooling import MeanPool, has_tokens
 from mmformer.tokens import Tokens
@@ -18,12 +19,16 @@ from mmformer.visibility import Visibility
 
 
 class Encoded(dict[str, Tokens]):
-    """Tokens by modality, of a batch of `num_samples`; keeps what was fused of it, for objectives that share it."""
+    """Tokens by modality, of a batch of `num_samples`; keeps what was fused of it, for objectives that share it.
+
+    `shared` holds, by its type, what one objective has computed of this batch for those behind it.
+    """
 
     def __init__(self, tokens: Mapping[str, Tokens], num_samples: int):
         super().__init__(tokens)
         self.num_samples = num_samples
         self.fused: dict[Visibility | None, Tokens] = {}
+        self.shared: dict[type, Any] = {}
 
     def only(self, modalities: Iterable[str]) -> Encoded:
         """The same samples without the other modalities."""
@@ -42,7 +47,7 @@ class Model(nn.Module):
     def __init__(
         self,
         encoders: Mapping[str, nn.Module],
-        fusion: Fusion | Cascade | None = None,
+        fusion: Fusion | Cascade | Exchange | None = None,
         heads: Mapping[str, nn.Module] | None = None,
         views: Mapping[str, View] | None = None,
     ):

@@ -93,6 +93,36 @@ def _at(tokens: Tokens, place: int) -> Float[Tensor, "N D"]:
     return out.index_copy(0, samples.to(device), tokens.x[0].index_select(0, index.to(device))) if chosen else out
 
 
+class EndPool(nn.Module):
+    """Of each modality the first token (its class token) or the `last`: their mean over those that a sample has.
+
+    `joined` puts them side by side instead, zeros where a sample lacks one: modalities x D channels (MulT).
+    """
+
+    def __init__(self, modalities: Sequence[str], last: bool = False, joined: bool = False):
+        super().__init__()
+        self.modalities, self.last, self.joined = list(modalities), last, joined
+
+    def forward(self, tokens: Tokens) -> Float[Tensor, "N E"]:
+        found, present = zip(*(_end(tokens, name, self.last) for name in self.modalities), strict=True)
+        if self.joined:
+            return torch.cat(found, -1)
+        count = torch.stack(present).sum(0).clamp(min=1)
+        return torch.stack(found).sum(0) / count[:, None]
+
+
+def _end(tokens: Tokens, modality: str, last: bool) -> tuple[Float[Tensor, "N D"], Bool[Tensor, " N"]]:
+    """Each sample's first or last token of a modality, zeros where it has none, and which samples have any."""
+    chosen = (tokens.valid & is_one_of(tokens, [modality])).flatten()
+    place = torch.arange(len(chosen), device=chosen.device) + 1
+    rank = torch.where(chosen, place if last else len(chosen) + 1 - place, 0)
+    best = rank.new_zeros(tokens.num_samples)
+    best = best.scatter_reduce(0, tokens.sample().flatten().clamp(min=0), rank, "amax")
+    index = (best - 1 if last else len(chosen) - best).clamp(0, len(chosen) - 1)
+    row = tokens.x.flatten(0, 1).index_select(0, index)
+    return torch.where((best > 0)[:, None], row, 0), best > 0
+
+
 class _ByModality(nn.Module):
     """A mean for each modality, with a learned vector where a sample lacks it."""
 

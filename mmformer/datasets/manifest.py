@@ -230,7 +230,7 @@ def read_manifest(
     if unmatched := set(referred) - set(used):
         raise ManifestError(f"{path}: {_lacks(table, min(unmatched))}")
     inputs = {
-        role: _refer(path, name, table, referred[role], allow_outside_root)
+        role: refer(path, name, table, referred[role], allow_outside_root)
         if role in referred
         else Cells(name=name, column=table.columns[name], root=table.root)
         for role, name in used.items()
@@ -312,7 +312,7 @@ def _split(
     return split_by_hash(keys, seed), "split 80/10/10 by a hash of the row, as there are no ids"
 
 
-def _refer(path: Path, name: str, table: Table, reference: str, allow_outside: bool) -> Cells:
+def refer(path: Path, name: str, table: Table, reference: str, allow_outside: bool) -> Cells:
     """The cells of another manifest's column that the ids in this one's point to."""
     other_path, _, column = reference.rpartition(":")
     if not other_path:

@@ -34,13 +34,17 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """The columns of a manifest, and the root that its relative paths start from."""
+    """The columns of a manifest, and the root that its relative paths start from.
+
+    `lines` are those that the rows stand on in the file, where each has one of its own (JSON lines).
+    """
 
     name: str
     columns: Mapping[str, Column]
     num_rows: int
     root: Root
     notes: tuple[str, ...] = ()
+    lines: tuple[int, ...] = ()
 
 
 def cell(column: Column, index: int) -> Any:
@@ -114,10 +118,12 @@ def _load(path: Path) -> bytes | pa.Buffer:
 def _parse(path: Path, data: bytes | pa.Buffer, root: Root, columns: Sequence[str] | None) -> Table:
     suffix = path.suffix.lower()
     notes: tuple[str, ...] = ()
+    lines: tuple[int, ...] = ()
     if suffix == ".parquet":
         found, num_rows = _parse_parquet(path, data, columns)
     elif suffix == ".jsonl":
-        found, num_rows = _parse_jsonl(path, _decode(path, bytes(data)))
+        found, lines = _parse_jsonl(path, _decode(path, bytes(data)))
+        num_rows = len(lines)
     elif suffix in SUFFIXES:
         found, num_rows, separator = _parse_csv(path, bytes(data))
         notes = (f"separator {separator!r}",)
@@ -125,7 +131,7 @@ def _parse(path: Path, data: bytes | pa.Buffer, root: Root, columns: Sequence[st
         raise ManifestError(f"{path}: not a manifest: give one of {', '.join(SUFFIXES)}, a folder or a .zip")
     if not num_rows:
         raise ManifestError(f"{path}: no rows: it needs at least one below its header")
-    return Table(name=path.name, columns=found, num_rows=num_rows, root=root, notes=notes)
+    return Table(name=path.name, columns=found, num_rows=num_rows, root=root, notes=notes, lines=lines)
 
 
 def _decode(path: Path, data: bytes) -> str:
@@ -192,8 +198,8 @@ def _check_quotes(path: Path, text: str, separator: str) -> None:
         raise ManifestError(f"{path}: the row at line {start} has an unclosed or stray quote: {error}") from error
 
 
-def _parse_jsonl(path: Path, text: str) -> tuple[dict[str, Column], int]:
-    rows: list[dict[str, Any]] = []
+def _parse_jsonl(path: Path, text: str) -> tuple[dict[str, Column], tuple[int, ...]]:
+    rows: dict[int, dict[str, Any]] = {}
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -203,9 +209,9 @@ def _parse_jsonl(path: Path, text: str) -> tuple[dict[str, Column], int]:
             raise ManifestError(f"{path}: line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise ManifestError(f"{path}: line {number} is a {type(row).__name__}: each line must be an object")
-        rows.append(row)
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: as_column([row.get(name) for row in rows]) for name in names}, len(rows)
+        rows[number] = row
+    names = dict.fromkeys(name for row in rows.values() for name in row)
+    return {name: as_column([row.get(name) for row in rows.values()]) for name in names}, tuple(rows)
 
 
 def _parse_parquet(path: Path, data: bytes | pa.Buffer, columns: Sequence[str] | None) -> tuple[dict[str, Column], int]:

@@ -34,6 +34,12 @@ class SpecialIds:
     unknown: int | None = None
     mask: int | None = None
 
+    @property
+    def all(self) -> tuple[int, ...]:
+        """Every id that is no piece of a text."""
+        single = (i for i in (self.pad, self.unknown, self.mask) if i is not None)
+        return tuple(sorted({*single, *self.begin, *self.end}))
+
 
 _OWN = SpecialIds(pad=PAD, begin=(BOS,), end=(EOS,), unknown=UNK, mask=MASK)
 

@@ -4,7 +4,15 @@ from mmformer.encoders.audio import mel_convolutions, mel_patches
 from mmformer.encoders.codes import CodeEmbedder
 from mmformer.encoders.encoder import Encoder, Projection
 from mmformer.encoders.image import image_convolutions, image_patches
-from mmformer.encoders.patches import ClassTokens, LinearPatches, Normalize, PlaneEmbedder, StridedPatches
+from mmformer.encoders.patches import (
+    ClassTokens,
+    LinearPatches,
+    MaskVector,
+    Normalize,
+    PatchDropout,
+    PlaneEmbedder,
+    StridedPatches,
+)
 from mmformer.encoders.text import TextEmbedder
 from mmformer.encoders.waveform import (
     FrameConvolutions,
@@ -21,7 +29,9 @@ __all__ = [
     "Encoder",
     "FrameConvolutions",
     "LinearPatches",
+    "MaskVector",
     "Normalize",
+    "PatchDropout",
     "PlaneEmbedder",
     "Projection",
     "ReadyVectors",

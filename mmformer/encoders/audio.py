@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from mmformer.encoders.patches import ClassTokens, ConvolutionStem, LinearPatches, Normalize, PlaneEmbedder
+from mmformer.encoders.patches import ClassTokens, ConvolutionStem, LinearPatches, MaskVector, Normalize, PlaneEmbedder
 
 
 def mel_patches(
@@ -17,6 +17,7 @@ def mel_patches(
     *,
     mels: int | None = None,
     class_tokens: Callable[[int], ClassTokens] | None = None,
+    mask: Callable[[int], MaskVector] | None = None,
     modality: str = "audio",
 ) -> PlaneEmbedder:
     """Patches of `frames` x `mels` of a log-mel spectrogram (AST, arXiv 2104.01778); `mels` defaults to all of them."""
@@ -28,6 +29,7 @@ def mel_patches(
         axes=("time", "column"),
         position=position,
         class_tokens=class_tokens,
+        mask=mask,
     )
 
 
@@ -38,6 +40,7 @@ def mel_convolutions(
     position: Callable[[int], nn.Module] | None = None,
     *,
     class_tokens: Callable[[int], ClassTokens] | None = None,
+    mask: Callable[[int], MaskVector] | None = None,
     modality: str = "audio",
 ) -> PlaneEmbedder:
     """A convolution stem over a log-mel spectrogram; one token for each 2 ** len(widths) frames."""
@@ -50,4 +53,5 @@ def mel_convolutions(
         axes=("time", "column"),
         position=position,
         class_tokens=class_tokens,
+        mask=mask,
     )

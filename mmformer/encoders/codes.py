@@ -66,7 +66,7 @@ class CodeEmbedder(nn.Module):
         if self.position is not None:
             x = x + self.position(position)
         lengths = tuple(rows * columns for rows, columns in codes.shapes)
-        return packed(x, position, self.modality, Layout(codes.rows, lengths, num_samples))
+        return packed(x, position, self.modality, Layout(codes.rows, lengths, num_samples, codes.places))
 
     def _positions(self, grids: Sequence[tuple[int, ...]]) -> Int[Tensor, "T 3"]:
         out = []

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mmformer.batch import Ragged
+from mmformer.nn.memory import Memory, by_token
+from mmformer.nn.transformer import Transformer
 from mmformer.tokens import Layout, Tokens, modality_id, segments
 
 
@@ -24,15 +27,42 @@ class Encoder(nn.Module):
         self.stages = nn.ModuleList(stages)
         self.pool = pool
 
-    def forward(self, items: Ragged, num_samples: int) -> Tokens:
-        tokens = self.embedder(items, num_samples)
+    def forward(self, items: Ragged, num_samples: int, memory: Memory | None = None) -> Tokens:
+        """Tokens of the items; with a `memory`, more of each sample's last item can follow by `extend`."""
+        return self._staged(self.embedder(items, num_samples), memory)
+
+    def extend(
+        self, ids: Int[Tensor, "B n"], position: Int[Tensor, "B n 3"], segment: Int[Tensor, "B n"], memory: Memory
+    ) -> Tokens:
+        """Padded tokens of further ids, behind those that `memory` knows.
+
+        `position` and `segment` go on from there: the place in the item, and which of the sample's items it is.
+
+        Raises:
+            TypeError: an embedder of items that do not come one token at a time, which has no `vectors`.
+        """
+        embedder: Any = self.embedder
+        if not hasattr(embedder, "vectors"):
+            raise TypeError(f"{type(embedder).__name__} reads whole items: only texts can be continued")
+        x = embedder.vectors(ids, position)
+        modality = torch.full_like(ids, modality_id(embedder.modality))
+        return self._staged(Tokens(x=x, modality=modality, position=position, segment=segment), memory)
+
+    def _staged(self, tokens: Tokens, memory: Memory | None) -> Tokens:
         for stage in self.stages:
-            tokens = stage(tokens)
+            if memory is None or by_token(stage):
+                tokens = stage(tokens)
+            elif isinstance(stage, Transformer):
+                tokens = stage(tokens, memory=memory)
+            else:
+                raise TypeError(f"{type(stage).__name__} keeps no memory, so its tokens cannot come one at a time")
         return tokens
 
 
 class Projection(nn.Module):
     """A stage that changes the number of channels, with a norm in front."""
+
+    by_token = True
 
     def __init__(self, dim_in: int, dim_out: int):
         super().__init__()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from mmformer.encoders.patches import ClassTokens, ConvolutionStem, LinearPatches, Normalize, PlaneEmbedder
+from mmformer.encoders.patches import ClassTokens, ConvolutionStem, LinearPatches, MaskVector, Normalize, PlaneEmbedder
 
 
 def image_patches(
@@ -18,6 +18,7 @@ def image_patches(
     mean: Sequence[float] = (0.5,),
     std: Sequence[float] = (0.25,),
     class_tokens: Callable[[int], ClassTokens] | None = None,
+    mask: Callable[[int], MaskVector] | None = None,
     modality: str = "image",
 ) -> PlaneEmbedder:
     """Square patches of pictures of any size and aspect ratio.
@@ -32,6 +33,7 @@ def image_patches(
         axes=("row", "column"),
         position=position,
         class_tokens=class_tokens,
+        mask=mask,
     )
 
 
@@ -44,6 +46,7 @@ def image_convolutions(
     mean: Sequence[float] = (0.5,),
     std: Sequence[float] = (0.25,),
     class_tokens: Callable[[int], ClassTokens] | None = None,
+    mask: Callable[[int], MaskVector] | None = None,
     modality: str = "image",
 ) -> PlaneEmbedder:
     """A convolution stem, halving the picture once for each of `widths`; mean and std as in `image_patches`."""
@@ -55,6 +58,7 @@ def image_convolutions(
         axes=("row", "column"),
         position=position,
         class_tokens=class_tokens,
+        mask=mask,
     )
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mmformer.batch import Ragged
 from mmformer.encoders.encoder import packed
 from mmformer.nn.position import AXES, StretchedGrid
-from mmformer.tokens import Layout, Tokens
+from mmformer.tokens import Layout, Tokens, segments
 
 Grid = tuple[int, int]
 
@@ -129,10 +130,25 @@ class ClassTokens(nn.Module):
         return self.tokens if self.positions is None else self.tokens + self.positions
 
 
+class MaskVector(nn.Module):
+    """A learned vector in place of what an encoder is not to see (BEiT, arXiv 2106.08254)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.vector = nn.Parameter(torch.randn(dim) * 0.02)
+
+    def forward(self, x: Float[Tensor, "T D"], hidden: Bool[Tensor, " T"]) -> Float[Tensor, "T D"]:
+        return torch.where(hidden[:, None], self.vector.to(x.dtype), x)
+
+
 class PlaneEmbedder(nn.Module):
     """Items with two axes, a picture (height, width, C) or a spectrogram (frames, mels), to tokens.
 
     `stem` turns planes into vectors; `axes` names the two axes of a position that the grid's rows and columns fill.
+    `mask` makes what stands for hidden cells.
+
+    Raises:
+        ValueError: hidden cells that are not as many as there are, or no mask vector to stand for them.
     """
 
     def __init__(
@@ -145,17 +161,19 @@ class PlaneEmbedder(nn.Module):
         axes: Sequence[str],
         position: Callable[[int], nn.Module] | None = None,
         class_tokens: Callable[[int], ClassTokens] | None = None,
+        mask: Callable[[int], MaskVector] | None = None,
     ):
         super().__init__()
         self.modality, self.axes = modality, [AXES[axis] for axis in axes]
         self.stem, self.normalize = stem, normalize
         self.position = position(dim) if position else None
         self.class_tokens = class_tokens(dim) if class_tokens else None
+        self.mask = mask(dim) if mask else None
 
     def forward(self, items: Ragged, num_samples: int) -> Tokens:
-        planes = [self.normalize(_as_planes(group)) for group in items.groups()]
+        planes = [self.normalize(as_planes(group)) for group in items.groups()]
         grids = [self.stem.grid(plane.shape[1], plane.shape[2]) for plane in planes]
-        x = self.stem(planes)
+        x = self._masked(self.stem(planes), items.hidden)
         counted = [(grid, plane.shape[0]) for grid, plane in zip(grids, planes, strict=True)]
         position = self._positions(counted).to(x.device, non_blocking=True)
         if isinstance(self.position, StretchedGrid):
@@ -167,7 +185,19 @@ class PlaneEmbedder(nn.Module):
         ]
         if self.class_tokens is not None:
             x, position, lengths = self._with_class_tokens(x, position, lengths)
-        return packed(x, position, self.modality, Layout(items.rows, tuple(lengths), num_samples))
+        return packed(x, position, self.modality, Layout(items.rows, tuple(lengths), num_samples, items.places))
+
+    def _masked(self, x: Float[Tensor, "T D"], hidden: Bool[np.ndarray, " U"] | None) -> Float[Tensor, "T D"]:
+        if hidden is None:
+            return x
+        if len(hidden) != len(x):
+            raise ValueError(f"it is said of {len(hidden)} cells whether they are hidden, and the items have {len(x)}")
+        if self.mask is None:
+            raise ValueError(
+                f"cells of {self.modality} are hidden, and nothing stands for them: give the embedder a mask vector "
+                "(mask: {_target_: mmformer.encoders.MaskVector, _partial_: true})"
+            )
+        return self.mask(x, torch.from_numpy(hidden).to(x.device, non_blocking=True))
 
     def _positions(self, grids: list[tuple[Grid, int]]) -> Int[Tensor, "T 3"]:
         out = []
@@ -189,6 +219,47 @@ class PlaneEmbedder(nn.Module):
         return torch.cat(parts), torch.cat(places), [length + len(extra) for length in lengths]
 
 
-def _as_planes(group: Tensor) -> Float[Tensor, "n h w C"]:
+class PatchDropout(nn.Module):
+    """A stage that leaves out a `share` of each item's tokens in training, so that the row is so much shorter.
+
+    What is left has its positions (FLIP, arXiv 2212.00794). The first `prefix` tokens, those of a class, always stay,
+    and so does one more.
+
+    Raises:
+        ValueError: padded tokens.
+    """
+
+    def __init__(self, share: float, prefix: int = 0):
+        super().__init__()
+        self.share, self.prefix = share, prefix
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        if not self.training:
+            return tokens
+        if tokens.layout is None:
+            raise ValueError("padded tokens do not get fewer by dropping some: train with packed ones")
+        layout = tokens.layout
+        kept = [self._kept(length) for length in layout.lengths]
+        index = np.concatenate([part + start for part, start in zip(kept, layout.offsets[:-1], strict=True)])
+        shorter = replace(layout, lengths=tuple(len(part) for part in kept))
+        gather = torch.from_numpy(index).to(tokens.x.device, non_blocking=True)
+        return Tokens(
+            x=tokens.x.index_select(1, gather),
+            modality=tokens.modality.index_select(1, gather),
+            position=tokens.position.index_select(1, gather),
+            segment=segments(shorter, len(index), tokens.x.device),
+            layout=shorter,
+        )
+
+    def _kept(self, length: int) -> np.ndarray:
+        """The places of an item's tokens that stay, in their order."""
+        cells = max(0, length - self.prefix)
+        count = min(cells, max(1, round(cells * (1 - self.share))))
+        chosen = torch.randperm(cells)[:count].sort().values.numpy() + self.prefix
+        return np.concatenate([np.arange(length - cells), chosen])
+
+
+def as_planes(group: Tensor) -> Float[Tensor, "n h w C"]:
+    """Items of one shape as floating-point planes; spectrograms get a channel."""
     plane = group if group.ndim == 4 else group[..., None]
     return plane if plane.is_floating_point() else plane.float()

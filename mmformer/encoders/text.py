@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from mmformer.batch import Ragged
 from mmformer.encoders.encoder import packed
@@ -40,13 +41,15 @@ class TextEmbedder(nn.Module):
 
     def forward(self, items: Ragged, num_samples: int) -> Tokens:
         lengths = tuple(shape[0] for shape in items.shapes)
-        layout = Layout(items.rows, lengths, num_samples)
+        layout = Layout(items.rows, lengths, num_samples, items.places)
         place = np.zeros((layout.total, 3), dtype=np.int64)
         place[:, 0] = np.arange(layout.total) - np.repeat(layout.offsets[:-1], lengths)
         position = torch.from_numpy(place).to(items.values.device, non_blocking=True)
-        x = self.table(items.values)
+        return packed(self.vectors(items.values, position), position, self.modality, layout)
+
+    def vectors(self, ids: Int[Tensor, "*B"], position: Int[Tensor, "*B 3"]) -> Float[Tensor, "*B D"]:
+        """The vectors of ids at their places, which may come one at a time."""
+        x = self.table(ids)
         if self.types is not None:
             x = x + self.types[0]
-        if self.position is not None:
-            x = x + self.position(position)
-        return packed(x, position, self.modality, layout)
+        return x if self.position is None else x + self.position(position)

@@ -142,7 +142,7 @@ class TimeEmbedder(nn.Module):
             )
         x = torch.cat([self.stem(group).flatten(0, 1) for group in items.groups()])
         place = np.zeros((len(x), 3), dtype=np.int64)
-        layout = Layout(items.rows, lengths, num_samples)
+        layout = Layout(items.rows, lengths, num_samples, items.places)
         place[:, 0] = np.arange(len(x)) - np.repeat(layout.offsets[:-1], lengths)
         position = torch.from_numpy(place).to(x.device, non_blocking=True)
         if self.position is not None:

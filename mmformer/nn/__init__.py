@@ -5,8 +5,14 @@ from mmformer.nn.attention import Attention, CrossAttention
 from mmformer.nn.bias import RelativeBias
 from mmformer.nn.block import Block, FeedForward
 from mmformer.nn.branch import ContextNorm, Gated, Scaled
+from mmformer.nn.causality import ByCausality
+from mmformer.nn.crossmodal import Crossmodal, JointNorm, Residual
 from mmformer.nn.experts import ByModality
 from mmformer.nn.looped import Looped
+from mmformer.nn.media import Conditioned, Resampler
+from mmformer.nn.memory import Memory
+from mmformer.nn.multiway import MultiwayAttention
+from mmformer.nn.parallel import Bottleneck
 from mmformer.nn.pool import AttentionPool
 from mmformer.nn.position import (
     BandScaling,
@@ -31,23 +37,32 @@ __all__ = [
     "AttentionPool",
     "BandScaling",
     "Block",
+    "Bottleneck",
+    "ByCausality",
     "ByModality",
+    "Conditioned",
     "ContextNorm",
     "ConvolutionPosition",
     "CrossAttention",
+    "Crossmodal",
     "FeedForward",
     "Gated",
     "GridTable",
+    "JointNorm",
     "Learned",
     "LearnedGrid",
     "LinearScaling",
     "Looped",
+    "Memory",
+    "MultiwayAttention",
     "NormedRotary",
     "PositionBeside",
     "Quantized",
     "Quantizer",
     "QuickGELU",
     "RelativeBias",
+    "Resampler",
+    "Residual",
     "ResidualVQ",
     "Rotary",
     "Scaled",

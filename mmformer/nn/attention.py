@@ -52,6 +52,7 @@ class Attention(nn.Module):
         q, k, v = _cut(self.qkv(tokens.x), (self.heads, self.head_dim), keys, values)
         if self.rotary is not None:
             q, k = self.rotary(q, k, tokens.position)
+        k, v = sights.joined(k, v)
         gathered = self.kernel(q, k, v, sights.under(self.visibility))
         return self.out(gathered.flatten(2))
 
@@ -86,9 +87,12 @@ class CrossAttention(nn.Module):
         if context is None:
             raise ValueError("cross-attention needs a context: name its modalities in fusion.context")
         q = self.query(tokens.x).unflatten(-1, (self.heads, self.head_dim))
-        k, v = _cut(self.key_value(context.x), (self.groups, self.head_dim), (self.groups, self.value_dim))
+        k, v = sights.given(lambda: self._keys_and_values(context.x))
         gathered = self.kernel(q, k, v, sights.under(self.visibility))
         return self.out(gathered.flatten(2))
+
+    def _keys_and_values(self, x: Float[Tensor, "B T C"]) -> list[Float[Tensor, "B T _ _"]]:
+        return _cut(self.key_value(x), (self.groups, self.head_dim), (self.groups, self.value_dim))
 
 
 def _head_dims(dim: int, heads: int, groups: int, given: int | Sequence[int] | None) -> tuple[int, int]:

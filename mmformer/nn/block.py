@@ -16,7 +16,10 @@ NormFactory = Callable[[int], nn.Module]
 
 
 class FeedForward(nn.Module):
-    """Two linear maps with a non-linearity between; `gated` multiplies by a third (GLU variants, arXiv 2002.05202)."""
+    """Two linear maps with a non-linearity between; `gated` multiplies by a third (GLU variants, arXiv 2002.05202).
+
+    `inner_norm` stands in front of the last map (the sub-LN of Magneto, arXiv 2210.06423).
+    """
 
     def __init__(
         self,
@@ -26,20 +29,22 @@ class FeedForward(nn.Module):
         activation: Callable[[], nn.Module] = nn.GELU,
         gated: bool = False,
         bias: bool = True,
+        inner_norm: Callable[[int], nn.Module] | None = None,
     ):
         super().__init__()
         hidden = round(dim * expansion)
         self.gated = gated
         self.up = nn.Linear(dim, hidden * (1 + gated), bias=bias)
         self.activation = activation()
+        self.inner_norm = inner_norm(hidden) if inner_norm else nn.Identity()
         self.down = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         hidden = self.up(x)
         if self.gated:
             gate, value = hidden.chunk(2, -1)
-            return self.down(self.activation(gate) * value)
-        return self.down(self.activation(hidden))
+            return self.down(self.inner_norm(self.activation(gate) * value))
+        return self.down(self.inner_norm(self.activation(hidden)))
 
 
 class Block(nn.Module):

@@ -47,4 +47,5 @@ class ContextNorm(nn.Module):
         self.norm = norm(context_dim)
 
     def forward(self, tokens: Tokens, context: Tokens, sights: Sights) -> Float[Tensor, "B T D"]:
-        return self.part(tokens, context.with_x(self.norm(context.x)), sights)
+        normed = context if sights.known else context.with_x(self.norm(context.x))
+        return self.part(tokens, normed, sights)

@@ -25,6 +25,8 @@ class ByModality(nn.Module):
 
     def forward(self, tokens: Tokens) -> Float[Tensor, "B T D"]:
         *named, _ = self.parts
+        if not named:
+            return self.parts[OTHERS](tokens.x)
         if tokens.layout is None:
             out = self.parts[OTHERS](tokens.x)
             for name in named:

@@ -83,6 +83,8 @@ class StretchedGrid(nn.Module):
 class PositionBeside(nn.Module):
     """A stage that puts a vector for where a token stands behind its channels, and adds it to none (Perceiver)."""
 
+    by_token = True
+
     def __init__(self, position: nn.Module):
         super().__init__()
         self.position = position

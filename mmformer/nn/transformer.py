@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from mmformer.nn.experts import apply
+from mmformer.nn.memory import Memory
 from mmformer.tokens import Tokens
 from mmformer.visibility import Sights, Visibility
 
@@ -45,15 +47,28 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(layers[i % len(layers)](dim) for i in range(depth))
         self.norm = norm(dim) if norm else nn.Identity()
 
-    def forward(self, tokens: Tokens, context: Tokens | None = None, visibility: Visibility | None = None) -> Tokens:
-        """Mix the tokens among themselves and with a context; `visibility` adds to the Transformer's own rule."""
+    def forward(
+        self,
+        tokens: Tokens,
+        context: Tokens | None = None,
+        visibility: Visibility | None = None,
+        memory: Memory | None = None,
+    ) -> Tokens:
+        """Mix the tokens among themselves and with a context; `visibility` adds to the Transformer's own rule.
+
+        With a `memory` they also see the tokens of earlier passes, and the context is that of the first.
+        """
         rule = self.visibility if visibility is None else self.visibility & visibility
         if self.position is not None:
             tokens = tokens.with_x(tokens.x + self.position(tokens.position))
         tokens = tokens.with_x(self.entry_norm(tokens.x))
-        sights = Sights(tokens, tokens, rule)
-        cross_sights = None if context is None else Sights(tokens, context)
+        if memory is None or not self.layers:  # without layers no token sees another, whatever the rule
+            sights = Sights(tokens, tokens, rule)
+            cross_sights = None if context is None else Sights(tokens, context)
+        else:
+            sights, cross_sights = memory.of(self).sights(tokens, context, rule)
+            context = None if cross_sights is None else cross_sights.key
         for layer in self.layers:
             for _ in range(self.repeat):
                 tokens = layer(tokens, context, sights, cross_sights)
-        return tokens.with_x(self.norm(tokens.x))
+        return tokens.with_x(apply(self.norm, tokens))

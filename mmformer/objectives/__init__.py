@@ -2,7 +2,39 @@
 
 from mmformer.objectives.classify import Classes, Labels, Number
 from mmformer.objectives.contrastive import Contrastive, info_nce, sigmoid
+from mmformer.objectives.ctc import CTC
+from mmformer.objectives.distilled import DistilledWords
+from mmformer.objectives.generate import Generates
+from mmformer.objectives.language import NextToken
+from mmformer.objectives.masked import Codes, Masked, Pixels, Words
+from mmformer.objectives.matching import Matching
+from mmformer.objectives.momentum import Momentum, MomentumContrastive
 from mmformer.objectives.objective import Meter, Objective
+from mmformer.objectives.qformer import QueryContrastive
 from mmformer.objectives.reconstruct import Reconstruct
+from mmformer.objectives.starting import StartingWith
 
-__all__ = ["Classes", "Contrastive", "Labels", "Meter", "Number", "Objective", "Reconstruct", "info_nce", "sigmoid"]
+__all__ = [
+    "CTC",
+    "Classes",
+    "Codes",
+    "Contrastive",
+    "DistilledWords",
+    "Generates",
+    "Labels",
+    "Masked",
+    "Matching",
+    "Meter",
+    "Momentum",
+    "MomentumContrastive",
+    "NextToken",
+    "Number",
+    "Objective",
+    "Pixels",
+    "QueryContrastive",
+    "Reconstruct",
+    "StartingWith",
+    "Words",
+    "info_nce",
+    "sigmoid",
+]

@@ -10,6 +10,12 @@ from torch import Tensor
 from mmformer.batch import Batch
 from mmformer.model import Encoded, Model
 from mmformer.objectives.objective import Objective
+from mmformer.objectives.ranks import nothing, shared_mean
+
+
+def _readable(model: Model, encoded: Encoded, source: str | None) -> bool:
+    """Whether some sample may have what a head reads; in a share of a batch none may."""
+    return encoded.num_samples > 0 and (source is None or source in encoded or source in model.views)
 
 
 def _logits(model: Model, encoded: Encoded, head: str, source: str | None) -> dict[str, Tensor]:
@@ -31,12 +37,14 @@ class Classes(Objective):
         self.head, self.target, self.source, self.smoothing = head, target, source, smoothing
 
     def forward(self, model: Model, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
+        if not _readable(model, encoded, self.source):
+            return {"loss": shared_mean(nothing(model), 0)}
         logits, present = model.output(encoded, self.head, self.source)
         target = torch.where(present, batch.targets[self.target], -100)
         total = F.cross_entropy(
             logits.float(), target, ignore_index=-100, label_smoothing=self.smoothing, reduction="sum"
         )
-        return {"loss": total / (target != -100).sum().clamp(min=1)}
+        return {"loss": shared_mean(total, (target != -100).sum())}
 
     def predict(self, model: Model, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
         return _logits(model, encoded, self.head, self.source)
@@ -80,11 +88,13 @@ class Labels(Objective):
         self.head, self.target, self.source = head, target, source
 
     def forward(self, model: Model, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
+        if not _readable(model, encoded, self.source):
+            return {"loss": shared_mean(nothing(model), 0)}
         logits, present = model.output(encoded, self.head, self.source)
         target = batch.targets[self.target]
         known = ~target.isnan() & present[:, None]
         losses = F.binary_cross_entropy_with_logits(logits.float(), target.nan_to_num(), reduction="none")
-        return {"loss": (losses * known).sum() / known.sum().clamp(min=1)}
+        return {"loss": shared_mean((losses * known).sum(), known.sum())}
 
     def predict(self, model: Model, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
         return _logits(model, encoded, self.head, self.source)
@@ -140,11 +150,13 @@ class Number(Objective):
         self.head, self.target, self.source = head, target, source
 
     def forward(self, model: Model, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
+        if not _readable(model, encoded, self.source):
+            return {"loss": shared_mean(nothing(model), 0)}
         value, present = model.output(encoded, self.head, self.source)
         target = batch.targets[self.target]
         known = ~target.isnan() & present
         error = ((value[:, 0].float() - target.nan_to_num()) / getattr(model.heads[self.head], "std", 1.0)) ** 2
-        return {"loss": (error * known).sum() / known.sum().clamp(min=1)}
+        return {"loss": shared_mean((error * known).sum(), known.sum())}
 
     def predict(self, model: Model, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
         value, present = model.output(encoded, self.head, self.source)

@@ -3,37 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, permutations
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mmformer.batch import Batch
+from mmformer.losses.contrastive import Peers, info_nce, sigmoid
 from mmformer.model import Encoded, Model
+from mmformer.objectives import ranks
 from mmformer.objectives.objective import Objective, letters
+from mmformer.objectives.space import Space
 
-PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-def info_nce(
-    a: Float[Tensor, "N D"], b: Float[Tensor, "N D"], scale: Float[Tensor, ""], bias: Float[Tensor, ""]
-) -> Float[Tensor, ""]:
-    """Cross-entropy of picking each row's partner among all rows, both ways (CLIP, arXiv 2103.00020); no bias."""
-    logits = scale * a @ b.T
-    target = torch.arange(len(a), device=a.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+__all__ = ["Contrastive", "PairLoss", "RetrievalMeter", "Scale", "info_nce", "retrieval_ranks", "sigmoid"]
 
 
-def sigmoid(
-    a: Float[Tensor, "N D"], b: Float[Tensor, "N D"], scale: Float[Tensor, ""], bias: Float[Tensor, ""]
-) -> Float[Tensor, ""]:
-    """Each pair on its own, a match or not, summed over the pairs of a row (SigLIP, arXiv 2303.15343, algorithm 1)."""
-    logits = scale * a @ b.T + bias
-    sign = 2 * torch.eye(len(a), device=a.device) - 1
-    return -F.logsigmoid(sign * logits).sum() / len(a)
+PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Peers], Tensor]
+"""A loss of pairs `a[i]`, `b[i]`: of a, b, scale, bias, ids and peers; see `info_nce`."""
+
+
+class Scale(nn.Module):
+    """What cosines are multiplied by: `start`, learned as a logarithm and kept up to `largest`, or fixed.
+
+    Two numbers are one for each direction (CLAP, arXiv 2211.06687).
+    """
+
+    def __init__(self, start: float | Sequence[float], learned: bool = True, largest: float = 100.0):
+        super().__init__()
+        self.log = nn.Parameter(torch.tensor(start, dtype=torch.float32).log(), requires_grad=learned)
+        self.largest = largest
+
+    def forward(self) -> Float[Tensor, "*two"]:
+        return self.log.exp().clamp(max=self.largest)
 
 
 class Contrastive(Objective):
@@ -42,35 +46,91 @@ class Contrastive(Objective):
     The model's head of a modality's name embeds it and must give unit vectors. `loss` is `info_nce` or `sigmoid`, or
     a function like them. The scale is learned from `scale` on, up to 100, and so is the bias where one is given.
 
+    `anchor` leaves only the pairs with that modality (ImageBind, arXiv 2305.05665), and `scales` gives pairs
+    ("image_audio") a `Scale` of their own. Samples that share the class `same`, a target, are no negatives of one
+    another. With `chunk`, that many samples are encoded at a time and once more in the backward pass, so that memory
+    grows with the embeddings and not with the encoders (GradCache, arXiv 2101.06983); the gradients are the same. For
+    that no other objective may read what is encoded. Leaves the `Space` for objectives behind it, such as `Matching`.
+
     Raises:
-        ValueError: fewer than two modalities.
+        ValueError: fewer than two modalities, an anchor that is none of them, or a scale of a pair that is none.
     """
 
     headline = ("mean_recall", "max")
     by_subset = False  # a modality is embedded from itself alone
 
-    def __init__(self, modalities: Sequence[str], loss: PairLoss, scale: float, bias: float | None = None):
+    def __init__(
+        self,
+        modalities: Sequence[str],
+        loss: PairLoss,
+        scale: float,
+        bias: float | None = None,
+        *,
+        anchor: str | None = None,
+        scales: Mapping[str, Scale] | None = None,
+        same: str | None = None,
+        chunk: int | None = None,
+    ):
         super().__init__()
         if len(modalities) < 2:
             raise ValueError(f"contrastive over {list(modalities)}: name at least two modalities")
-        self.modalities, self.loss = list(modalities), loss
+        if anchor is not None and anchor not in modalities:
+            raise ValueError(f"anchor {anchor!r} is none of the modalities {list(modalities)}: name one of them")
+        self.modalities, self.loss, self.same, self.chunk = list(modalities), loss, same, chunk
+        self.pairs = [pair for pair in combinations(modalities, 2) if anchor is None or anchor in pair]
+        if unknown := sorted(set(scales or ()) - {"_".join(pair) for pair in self.pairs}):
+            raise ValueError(f"scales of {unknown}, but the pairs are {['_'.join(pair) for pair in self.pairs]}")
+        self.needs_encoded = chunk is None
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
+        self.scales = nn.ModuleDict(scales)
         self.bias = nn.Parameter(torch.tensor(bias or 0.0), requires_grad=bias is not None)
 
     def forward(self, model: Model, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
-        found = self._embed(model, encoded)
-        rows = {name: set(batch.inputs[name].rows) for name in found}
-        scale = self.log_scale.exp().clamp(max=100)
+        found = self._embed(model, encoded, batch)
+        encoded.shared[Space] = Space.of(found, found, self.log_scale.exp().clamp(max=100))
+        have = {name: set(batch.inputs[name].rows) for name in found}
+        missing = ranks.nothing(model).new_zeros(0, 0)
         losses = {}
-        for one, other in combinations(found, 2):
-            both = sorted(rows[one] & rows[other])
-            if len(both) < 2:
+        for one, other in self.pairs:  # all of them: another process may have what this one lacks
+            rows = sorted(have.get(one, set()) & have.get(other, set()))
+            counts = ranks.shares(len(rows))
+            if sum(counts) < 2:
                 continue  # a single pair has nothing to be told apart from
-            index = torch.tensor(both, device=found[one].device)
-            losses[f"{one}_{other}"] = self.loss(found[one][index], found[other][index], scale, self.bias)
+            a, b = ((found[name][rows] if rows else missing) for name in (one, other))
+            peers = ranks.peers(counts)
+            losses[f"{one}_{other}"] = self.loss(
+                a, b, self.scale(one, other), self.bias, self._ids(batch, rows, peers.start, a.device), peers
+            )
         return {name: loss / len(losses) for name, loss in losses.items()}
 
-    def _embed(self, model: Model, encoded: Encoded) -> dict[str, Float[Tensor, "N D"]]:
+    def scale(self, one: str, other: str) -> Float[Tensor, "*two"]:
+        """What the cosines of a pair of modalities are multiplied by."""
+        name = f"{one}_{other}"
+        return self.scales[name]() if name in self.scales else self.log_scale.exp().clamp(max=100)
+
+    def _ids(self, batch: Batch, rows: list[int], start: int, device: torch.device) -> Int[Tensor, " n"] | None:
+        """The class of each row, and a number of its own for a row without one."""
+        if self.same is None:
+            return None
+        own = -1 - torch.arange(start, start + len(rows), device=device)
+        return torch.where(batch.targets[self.same][rows] < 0, own, batch.targets[self.same][rows]) if rows else own
+
+    def _embed(self, model: Model, encoded: Encoded, batch: Batch) -> dict[str, Float[Tensor, "N D"]]:
+        if encoded or self.chunk is None:
+            return self._vectors(model, encoded)
+        everyone = range(len(batch))
+        parts = [
+            checkpoint(self._encode, model, batch.select(everyone[i : i + self.chunk]), use_reentrant=False)
+            for i in range(0, len(batch), self.chunk)
+        ]
+        sizes = [min(self.chunk, len(batch) - i) for i in range(0, len(batch), self.chunk)]
+        return {name: _stack([part.get(name) for part in parts], sizes) for name in self.modalities
+                if any(name in part for part in parts)}  # fmt: skip
+
+    def _encode(self, model: Model, batch: Batch) -> dict[str, Float[Tensor, "N D"]]:
+        return self._vectors(model, model.encode(batch))
+
+    def _vectors(self, model: Model, encoded: Encoded) -> dict[str, Float[Tensor, "N D"]]:
         return {name: model.output(encoded, name, source=name)[0] for name in self.modalities if name in encoded}
 
     def predict(self, model: Model, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
@@ -149,6 +209,15 @@ def retrieval_ranks(
         own = scores.diagonal(start)[:, None]
         ranks.append((scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2 + 1)
     return torch.cat(ranks)
+
+
+def _stack(parts: Sequence[Tensor | None], sizes: Sequence[int]) -> Float[Tensor, "N D"]:
+    """Parts one after another, zeros for one that is None."""
+    like = next(part for part in parts if part is not None)
+    filled = [
+        like.new_zeros(size, like.shape[1]) if part is None else part for part, size in zip(parts, sizes, strict=True)
+    ]
+    return torch.cat(filled)
 
 
 def _mean(values: Sequence[float]) -> float:

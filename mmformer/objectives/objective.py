@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from copy import copy
+from typing import ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -37,11 +38,13 @@ class Objective(nn.Module):
 
     `headline` is the metric of its meter that the best checkpoint is chosen by, and whether it should become "min" or
     "max"; None leaves that to the loss. `by_subset` says whether what it predicts depends on which modalities a sample
-    has, so that it is worth judging for each subset of them.
+    has, so that it is worth judging for each subset of them. `needs_encoded` is False for one that encodes what it
+    needs in training itself.
     """
 
     headline: ClassVar[tuple[str, Literal["min", "max"]] | None] = None
     by_subset: ClassVar[bool] = True
+    needs_encoded: bool = True
 
     def prepare(self, model: Model) -> None:
         """Called once, when the weights are loaded and before an optimizer is made: the time to copy from the model."""
@@ -53,6 +56,10 @@ class Objective(nn.Module):
     def advance(self, model: Model) -> None:
         """Called after every step of the optimizer, however many batches it gathered: queues and averages move on."""
 
+    def exported(self) -> Objective:
+        """What is saved with a trained model: itself, or a copy without the parts that only training needs."""
+        return self
+
     def predict(self, model: Model, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
         """What it predicts, each with a row for every sample; empty for an objective that only trains."""
         return {}
@@ -60,3 +67,15 @@ class Objective(nn.Module):
     def meter(self) -> Meter | None:
         """A fresh meter for its predictions; None for an objective that only trains."""
         return None
+
+
+Kind = TypeVar("Kind", bound=Objective)
+
+
+def without(objective: Kind, *parts: str) -> Kind:
+    """A shallow copy that shares all but these parts, which are None."""
+    bare = copy(objective)
+    bare._modules = {name: part for name, part in objective._modules.items() if name not in parts}
+    for name in parts:
+        setattr(bare, name, None)
+    return bare

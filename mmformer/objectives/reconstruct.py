@@ -14,6 +14,7 @@ from mmformer.batch import Batch, Ragged
 from mmformer.codec import Codec
 from mmformer.model import Encoded, Model
 from mmformer.objectives.objective import Objective
+from mmformer.objectives.ranks import active, nothing, shared_mean
 from mmformer.tokens import Tokens
 
 PEAK = 255.0
@@ -37,12 +38,17 @@ class Reconstruct(Objective):
         self.source = source
 
     def forward(self, model: Model, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
+        codec, none = self._codec(model), nothing(model)
         if self.source not in encoded:
-            return {}
-        codec, items = self._codec(model), batch.inputs[self.source]
+            # as often as a process that has items asks for those of all
+            return {name: shared_mean(none, 0) for name in ("loss", "commitment")} if active() else {}
+        items = batch.inputs[self.source]
         made, quantized = codec.reconstruct(encoded[self.source], items)
-        losses = {"loss": F.mse_loss(made.values.float(), codec.normalize(items).values)}
-        return losses if quantized.commitment is None else losses | {"commitment": quantized.commitment}
+        error = F.mse_loss(made.values.float(), codec.normalize(items).values, reduction="sum")
+        losses = {"loss": shared_mean(error, made.values.numel())}
+        found, cells = quantized.commitment, len(quantized.ids)
+        commitment = shared_mean(none if found is None else found * cells, cells)
+        return losses if found is None else losses | {"commitment": commitment}
 
     def predict(self, model: Model, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
         """`error`: the mean squared error of a sample's items in their own units; NaN for a sample without any.

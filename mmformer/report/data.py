@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mmformer.datasets.conversations import read_conversations
 from mmformer.datasets.manifest import ABSENT, Manifest, read_manifest
 from mmformer.datasets.splits import SPLITS, TRAIN
 from mmformer.report.show import Media
@@ -57,15 +58,8 @@ def media_of(config: Mapping[str, Any]) -> Media | None:
     data = config.get("data") or {}
     if not data.get("path"):
         return None
-    given = data.get("columns") or {}
-    columns = {role: name for role, name in given.items() if name != AUTO} | {"label": None, "split": None}
     try:
-        manifest = read_manifest(
-            Path(data["path"]),
-            columns,
-            references=data.get("references"),
-            allow_outside_root=bool(data.get("allow_outside_root")),
-        )
+        manifest = _manifest(data)
     except (OSError, ValueError) as error:
         reason = str(error)
 
@@ -76,6 +70,16 @@ def media_of(config: Mapping[str, Any]) -> Media | None:
 
         return gone
     return manifest_media(manifest)
+
+
+def _manifest(data: Mapping[str, Any]) -> Manifest:
+    """The rows that the `data` of a config name, with columns or with conversations."""
+    allow = bool(data.get("allow_outside_root"))
+    if "conversations" in (data.get("module") or {}):
+        return read_conversations(data["path"], data.get("references"), allow_outside_root=allow).manifest
+    given = data.get("columns") or {}
+    columns = {role: name for role, name in given.items() if name != AUTO} | {"label": None, "split": None}
+    return read_manifest(Path(data["path"]), columns, references=data.get("references"), allow_outside_root=allow)
 
 
 def count_data(manifest: Manifest) -> dict[str, dict[str, int]]:

@@ -26,6 +26,7 @@ from mmformer.report.collect import Collector, report_test
 from mmformer.run.compilation import compile_layers
 from mmformer.run.config import changes, drop_absent, missing
 from mmformer.run.folder import METRICS, Lock, write_json
+from mmformer.run.grafts import Graft, graft
 from mmformer.run.launch import UserError, command
 from mmformer.run.pretrained import Pretrained, adopt
 from mmformer.run.summary import final_table, parameters_line
@@ -149,6 +150,8 @@ class Run:
         for checkpoint in self._pretrained:
             for line in checkpoint.load(module.model, dict(module.objectives.items())):
                 _say(line)
+        for line in graft(module.model, [Graft(**one) for one in plain["grafts"]]):
+            _say(line)
         with _in_one_line():
             module.prepare()
         if config.extras.compile:

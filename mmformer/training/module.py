@@ -21,12 +21,14 @@ from mmformer.batch import Batch
 from mmformer.checkpoints import frozen
 from mmformer.datasets.sampler import counter_seed
 from mmformer.model import Encoded, Model
+from mmformer.objectives import ranks
 from mmformer.objectives.objective import Objective
 from mmformer.training.adapters import merged
 from mmformer.training.evaluation import Evaluation, Judged
 from mmformer.training.finetune import Finetune, Schedule, rest
 from mmformer.training.loggers import MetricsCSV
 from mmformer.training.optim import Average, describe_groups, total_steps
+from mmformer.training.weighting import Weight, Weighting
 
 Found = TypeVar("Found")
 
@@ -38,7 +40,8 @@ class NonFiniteLoss(RuntimeError):
 class Training(pl.LightningModule):
     """Train a model on weighted objectives, and judge it on every subset of its modalities.
 
-    `weights[name]` scales an objective (1 where it is not named). `optimizer` makes one from a module, `schedule` a
+    `weights[name]` scales an objective (1 where it is not named): a number, a function of the step, or one that is
+    learned (`weighting`). `optimizer` makes one from a module, `schedule` a
     learning-rate schedule from the optimizer and the number of steps. `ema` is the decay of an average of the weights,
     which is then what is evaluated and exported. `finetune` says which parameters train, and from which step on. What
     trains and all randomness of a step are functions of (`seed`, step), so nothing of them is saved in a checkpoint.
@@ -48,7 +51,7 @@ class Training(pl.LightningModule):
         self,
         model: Model,
         objectives: Mapping[str, Objective],
-        weights: Mapping[str, float],
+        weights: Mapping[str, Weight],
         optimizer: Callable[[nn.Module], Optimizer],
         schedule: Callable[[Optimizer, int], LRScheduler],
         seed: int,
@@ -56,11 +59,9 @@ class Training(pl.LightningModule):
         finetune: Finetune | None = None,
     ) -> None:
         super().__init__()
-        if unknown := sorted(set(weights) - set(objectives)):
-            raise ValueError(f"weights for {unknown}, but the objectives are {sorted(objectives)}")
         self.model = model
         self.objectives = nn.ModuleDict(objectives)
-        self.weights = dict(weights)
+        self.weighting = Weighting(weights, objectives)
         self.make_optimizer = optimizer
         self.make_schedule = schedule
         self.seed = seed
@@ -141,7 +142,8 @@ class Training(pl.LightningModule):
             strategy.configure_ddp()
 
     def _trained(self) -> nn.ModuleDict:
-        return nn.ModuleDict({"model": self.model, "objectives": self.objectives})
+        learned = {"weighting": self.weighting} if self.weighting.learned else {}
+        return nn.ModuleDict({"model": self.model, "objectives": self.objectives, **learned})
 
     def evaluated(self) -> tuple[Model, dict[str, Objective]]:
         """The model and the objectives that are judged and exported: their average where there is one."""
@@ -151,20 +153,24 @@ class Training(pl.LightningModule):
     def exported(self) -> tuple[Model, dict[str, Objective]]:
         """What is evaluated, as it is saved for use: adapters are merged into the weights, and need no library."""
         model, objectives = self.evaluated()
-        return merged(model), objectives
+        return merged(model), {name: objective.exported() for name, objective in objectives.items()}
 
     # ------------------------------------------------------------------ training
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         torch.manual_seed(counter_seed(self.seed, "step", self.global_step, batch_idx, self.global_rank))
-        if not len(batch):
+        if not len(batch) and not ranks.active():
             return self._idle()
-        encoded = self.model.encode(batch)
+        objectives: dict[str, Objective] = dict(self.objectives.items())  # pyright: ignore
+        needed = any(objective.needs_encoded for objective in objectives.values())
+        encoded = self.model.encode(batch) if needed else Encoded({}, len(batch))
         self.size = _size(batch, encoded)
-        losses = self._losses(self.model, dict(self.objectives.items()), encoded, batch)  # pyright: ignore
-        if not losses:
+        losses = self._losses(self.model, objectives, encoded, batch)
+        total = torch.stack([*losses.values(), torch.zeros((), device=self.device)]).sum()
+        if ranks.active() and isinstance(self.trainer.strategy, DDPStrategy):
+            total = _Reach.apply(total, *(p for p in self.parameters() if p.requires_grad))
+        if not losses or not total.requires_grad:
             return self._idle()
-        total = torch.stack(list(losses.values())).sum()
         if not torch.isfinite(total):
             self._refuse(losses, batch)
         self.log("train/loss", total.detach(), logger=False, batch_size=1)
@@ -177,10 +183,8 @@ class Training(pl.LightningModule):
         """Weighted losses: an objective's name, with that of its loss where it has several."""
         out = {}
         for name, objective in objectives.items():
-            found = objective(model, encoded, batch)
-            for part, loss in found.items():
-                key = name if part == "loss" else f"{name}_{part}"
-                out[key] = self.weights.get(name, 1.0) * loss
+            found = self.weighting(name, objective(model, encoded, batch), self.global_step)
+            out |= {name if part == "loss" else f"{name}_{part}": loss for part, loss in found.items()}
         return out
 
     def _idle(self) -> Tensor:
@@ -360,6 +364,22 @@ class Training(pl.LightningModule):
         for limit in (trainer.limit_train_batches, trainer.overfit_batches or 1.0):
             batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         return max(1, math.ceil(batches / trainer.accumulate_grad_batches))
+
+
+class _Reach(torch.autograd.Function):
+    """A loss that reaches parameters without a gradient for them.
+
+    DDP waits for every parameter on every process, also for those that the share of one process has no use for.
+    """
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.count = len(parameters)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradient, *([None] * ctx.count)
 
 
 @rank_zero_only

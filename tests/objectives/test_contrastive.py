@@ -1,13 +1,16 @@
 import math
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from mmformer.heads import UnitHead
-from mmformer.model import Model
+from mmformer.model import Encoded, Model
+from mmformer.nn import Attention, Block, Transformer
 from mmformer.objectives import Contrastive, info_nce, sigmoid
-from mmformer.objectives.contrastive import RetrievalMeter, retrieval_ranks
+from mmformer.objectives.contrastive import RetrievalMeter, Scale, retrieval_ranks
 from tests.helpers import random_batch, scramble, small_model
 
 
@@ -56,6 +59,98 @@ def test_every_pair_counts_over_the_samples_that_have_both():
 def test_a_batch_without_pairs_has_no_loss():
     model, batch = tri_modal(), random_batch(6, subsets=[("text",), ("image",)])
     assert Contrastive(["text", "image"], info_nce, 10.0)(model, model.encode(batch), batch) == {}
+
+
+def test_an_anchor_leaves_only_its_pairs_and_pairs_have_scales_of_their_own():
+    model, batch = tri_modal(), random_batch(21)
+    scales = {"text_image": Scale(20.0, learned=False), "image_audio": Scale([5.0, 200.0])}
+    objective = Contrastive(["text", "image", "audio"], info_nce, 10.0, anchor="image", scales=scales)
+    encoded = model.encode(batch)
+    losses = objective(model, encoded, batch)
+    assert set(losses) == {"text_image", "image_audio"}
+    both = sorted(set(batch.inputs["image"].rows) & set(batch.inputs["audio"].rows))
+    image, audio = (model.output(encoded, name, name)[0][both] for name in ("image", "audio"))
+    expected = info_nce(image, audio, torch.tensor([5.0, 100.0])) / 2  # a scale goes up to 100
+    torch.testing.assert_close(losses["image_audio"], expected)
+    sum(losses.values()).backward()
+    assert objective.scales["text_image"].log.grad is None
+    assert objective.scales["image_audio"].log.grad.shape == (2,)
+
+
+def test_samples_of_one_class_are_no_negatives_and_those_without_one_are():
+    model, batch = tri_modal(), random_batch(12, subsets=[("text", "image")])
+    label = torch.tensor([1, 1, 2, -100, -100, 3, 4, 2, 5, 6, 7, 1])
+    batch = replace(batch, targets={"group": label})
+    encoded = model.encode(batch)
+    found = Contrastive(["text", "image"], info_nce, 10.0, same="group")(model, encoded, batch)["text_image"]
+    text, image = (model.output(encoded, name, name)[0] for name in ("text", "image"))
+    ids = torch.where(label < 0, 100 + torch.arange(12), label)
+    torch.testing.assert_close(found, info_nce(text, image, torch.tensor(10.0), ids=ids))
+    assert not torch.isclose(found, info_nce(text, image, torch.tensor(10.0)))
+
+
+def with_dropout(dropout):
+    layer = partial(Block, attention=partial(Attention, num_heads=3), dropout=dropout)
+    encoders = dict(tri_modal().encoders)
+    encoders["text"].stages.append(Transformer(24, 1, [layer]))
+    heads = {name: UnitHead(24, 6) for name in encoders}
+    return scramble(Model(encoders, None, heads))
+
+
+def gradients(model, objective, encoded, batch):
+    torch.manual_seed(3)
+    losses = objective(model, encoded, batch)
+    parameters = [*model.parameters(), objective.log_scale]
+    return losses, torch.autograd.grad(sum(losses.values()), parameters)
+
+
+def test_a_batch_in_chunks_has_the_gradients_of_the_whole():
+    model, batch, names = with_dropout(0.0), random_batch(17), ["text", "image", "audio"]
+    loss, expected = gradients(model, Contrastive(names, info_nce, 10.0), model.encode(batch), batch)
+    chunked = Contrastive(names, info_nce, 10.0, chunk=2)  # some chunks lack a modality
+    assert not chunked.needs_encoded
+    found, slopes = gradients(model, chunked, Encoded({}, 17), batch)
+    torch.testing.assert_close(found, loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(slopes, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_second_pass_over_a_chunk_draws_the_same_dropout(monkeypatch):
+    model, batch = with_dropout(0.4).train(), random_batch(12)
+    objective = Contrastive(["text", "image", "audio"], info_nce, 10.0, chunk=5)
+    loss, slopes = gradients(model, objective, Encoded({}, 12), batch)
+    monkeypatch.setattr("mmformer.objectives.contrastive.checkpoint", lambda part, *inputs, **options: part(*inputs))
+    kept, expected = gradients(model, objective, Encoded({}, 12), batch)
+    torch.testing.assert_close(loss, kept)
+    torch.testing.assert_close(slopes, expected)
+    model.eval()
+    assert not torch.isclose(gradients(model, objective, Encoded({}, 12), batch)[0]["text_image"], kept["text_image"])
+
+
+def test_chunks_keep_nothing_of_the_encoders_for_the_backward_pass():
+    model, batch = with_dropout(0.0), random_batch(40, subsets=[("text", "image")])
+
+    def kept(chunk):
+        total = 0
+
+        def count(tensor):
+            nonlocal total
+            total += tensor.numel()
+            return tensor
+
+        objective = Contrastive(["text", "image"], info_nce, 10.0, chunk=chunk)
+        encoded = model.encode(batch) if chunk is None else Encoded({}, 40)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            objective(model, encoded, batch)
+        return total
+
+    assert kept(4) < kept(None) / 10
+
+
+def test_what_is_encoded_already_is_not_encoded_again():
+    model, batch = tri_modal(), random_batch(12)
+    encoded = model.encode(batch)
+    model.encode = lambda batch: pytest.fail("encoded twice")
+    assert Contrastive(["text", "image"], info_nce, 10.0, chunk=2)(model, encoded, batch)
 
 
 def test_recall_is_counted_slowly_the_same_with_ties_as_halves():
@@ -112,3 +207,10 @@ def test_nothing_is_measured_without_a_pair():
 def test_one_modality_is_refused():
     with pytest.raises(ValueError, match="at least two"):
         Contrastive(["text"], info_nce, 10.0)
+
+
+def test_what_is_no_pair_is_refused():
+    with pytest.raises(ValueError, match=r"anchor 'smell' is none of the modalities"):
+        Contrastive(["text", "image"], info_nce, 10.0, anchor="smell")
+    with pytest.raises(ValueError, match=r"scales of \['image_text'\], but the pairs are \['text_image'\]"):
+        Contrastive(["text", "image"], info_nce, 10.0, scales={"image_text": Scale(1.0)})

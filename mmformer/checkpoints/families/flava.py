@@ -38,10 +38,12 @@ MASKED = {"mim": "image", "mlm": "text", "mmm_image": "image", "mmm_text": "text
 POOLERS = {"image": "image_pooler", "text": "text_pooler", "multimodal": "pooler"}
 """The heads behind the first token of a tower."""
 
+MASK_TOKEN = "image_model.embeddings.mask_token"
+"""What stands for hidden patches."""
+
 IGNORED = {
     **bert.IGNORED,
     "image_codebook.*": "makes the targets of hidden patches, which come with the data here",
-    "*embeddings.mask_token": "stands for hidden patches, which this model does not have",
     "*logit_scale": "the temperature of an objective, and none is loaded here",
 }
 
@@ -96,8 +98,10 @@ def describe(source: Source, options: Mapping[str, Any]) -> Described:
         channels=image.config["num_channels"],
         colours=towers.OPENAI,
     )
+    hides = source.has(f"{texts.prefix(source, 'flava.')}{MASK_TOKEN}")
+    mask = {"mask": parts.factory("mmformer.encoders.MaskVector")} if hides else {}
     encoders = {
-        "image": image.encoder(towers.embedder(image.dim, pictures)),
+        "image": image.encoder(towers.embedder(image.dim, pictures) | mask),
         "text": text.encoder(words(text.config), entry_norm=text.layers.norm),
     }
     heads, ignored = _heads(source, image, text, both)
@@ -111,6 +115,7 @@ def describe(source: Source, options: Mapping[str, Any]) -> Described:
             "prefix": texts.prefix(source, "flava."),
             "masked": sorted(MASKED.keys() & heads.keys()),
             "biases": texts.stored(source, *(f"{name}_head.decoder.bias" for name in MASKED)),
+            "hides": hides,
             **pictures.layout(),
         },
         ignored=ignored,
@@ -225,6 +230,8 @@ def rules(described: Described) -> list[Rule]:
         *rename("itm_head.seq_relationship", "heads.match.2"),
         Rule((f"{start}logit_scale",), (SCALE,)),
     ]
+    if described.layout["hides"]:
+        found.append(Rule((start + MASK_TOKEN,), (f"{IMAGE}.embedder.mask.vector",), Reshaped((1, 1, -1), (-1,))))
     for name, theirs in (("image", image), ("text", text)):
         found += [
             *rename(f"{theirs}pooler.dense", f"heads.{POOLERS[name]}.0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,4 +62,4 @@ class AudioCodec(nn.Module):
             codes = codes[:, : self.num_codebooks].transpose(1, 2)
             values.append(codes.flatten(0, 1))
             shapes += [(codes.shape[1], 1)] * len(codes)
-        return Ragged(values=torch.cat(values), shapes=tuple(shapes), rows=items.rows)
+        return replace(items, values=torch.cat(values), shapes=tuple(shapes))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mmformer.batch import Ragged
@@ -89,7 +89,11 @@ class WordEmbedding(nn.Module):
 
     def forward(self, items: Ragged, num_samples: int) -> Tokens:
         features = [time_features(self.table(group)) for group in items.groups()]
-        return to_tokens(features, items.rows, num_samples, self.modality)
+        return to_tokens(features, items, num_samples, self.modality)
+
+    def vectors(self, ids: Int[Tensor, "*B"], position: Int[Tensor, "*B 3"]) -> Float[Tensor, "*B D"]:
+        """The vectors of ids, which may come one at a time."""
+        return self.table(ids)
 
 
 def _call(model: Any, x: Float[Tensor, "n t D"], valid: Bool[Tensor, "n t"]) -> Any:

@@ -68,7 +68,7 @@ class Wrapper(nn.Module, ABC):
             shapes = f"{min(items.shapes)} to {max(items.shapes)}" if items.shapes else "no shape"
             error.add_note(f"while {type(self.backbone).__name__} read {len(items)} {self.modality} items, {shapes}")
             raise
-        tokens = to_tokens(found, items.rows, num_samples, self.modality)
+        tokens = to_tokens(found, items, num_samples, self.modality)
         if tokens.x.shape[-1] != self.width:
             raise ValueError(
                 f"{type(self.backbone).__name__} gives {tokens.x.shape[-1]} channels and not {self.width}: "
@@ -84,8 +84,8 @@ def set_mode(backbone: nn.Module, training: bool) -> None:
         backbone.train(wanted)
 
 
-def to_tokens(features: Sequence[Features], rows: tuple[int, ...], num_samples: int, modality: str) -> Tokens:
-    """Packed tokens, a segment an item; `rows` names the sample of each item."""
+def to_tokens(features: Sequence[Features], items: Ragged, num_samples: int, modality: str) -> Tokens:
+    """Packed tokens of the items, a segment each."""
     x, position, lengths = [], [], []
     for part in features:
         count, width = part.x.shape[:2]
@@ -97,7 +97,7 @@ def to_tokens(features: Sequence[Features], rows: tuple[int, ...], num_samples: 
         lengths += part.lengths
     joined = torch.cat(x)
     place = torch.cat(position).to(joined.device, non_blocking=True)
-    return packed(joined, place, modality, Layout(rows, tuple(lengths), num_samples))
+    return packed(joined, place, modality, Layout(items.rows, tuple(lengths), num_samples, items.places))
 
 
 def time_features(x: Float[Tensor, "n t D"], lengths: Sequence[int] | None = None) -> Features:
