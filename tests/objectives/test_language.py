@@ -4,14 +4,12 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 
 from mmformer.batch import Batch, Ragged
 from mmformer.encoders import Encoder, TextEmbedder, image_patches
 from mmformer.fusion import Fusion
 from mmformer.heads import VocabularyHead
-from mmformer.losses.language import answer_mask, next_token_loss, token_loss
+from mmformer.losses.language import token_loss
 from mmformer.model import Model
 from mmformer.nn import Attention, Block, Rotary, Transformer
 from mmformer.objectives import NextToken
@@ -130,41 +128,6 @@ def test_half_precision_gives_about_the_same_loss():
         loss = objective(net, net.encode(batch), batch)["loss"]
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, exact, rtol=0.05, atol=0.05)
-
-
-@given(st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=9), min_size=1, max_size=4))
-def test_answer_mask_is_that_of_the_slow_form(texts):
-    ids = torch.tensor([i for text in texts for i in text])
-    first = torch.tensor([sum(map(len, texts[:k])) for k, text in enumerate(texts) for _ in text])
-    wanted = []
-    for text in texts:
-        on = False
-        for i in text:
-            wanted.append(on)
-            on = (on or i == 0) and i != 1
-    assert answer_mask(ids, first, 0, 1).tolist() == wanted
-
-
-def test_no_text_at_all_has_no_mask():
-    assert answer_mask(torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long), 0, 1).shape == (0,)
-
-
-def test_the_plain_form_is_the_shifted_cross_entropy_of_language_models():
-    logits, ids = torch.randn(3, 7, 11, requires_grad=True), torch.randint(0, 11, (3, 7))
-    trained = torch.rand(3, 7) > 0.4
-    labels = torch.where(trained, ids, -100)  # as transformers' decoders shift them
-    expected = F.cross_entropy(logits[:, :-1].reshape(-1, 11), labels[:, 1:].reshape(-1), label_smoothing=0.1)
-    torch.testing.assert_close(next_token_loss(logits, ids, trained, 0.1), expected)
-    assert next_token_loss(logits, ids, torch.zeros_like(trained)) == 0
-
-
-def test_the_loss_of_gpt2_is_that_of_transformers():
-    transformers = pytest.importorskip("transformers", reason="the oracle of next tokens")
-    config = transformers.GPT2Config(vocab_size=31, n_positions=12, n_embd=16, n_layer=1, n_head=2, use_cache=False)
-    theirs = transformers.GPT2LMHeadModel(config).eval()
-    ids = torch.randint(0, 31, (4, 9))
-    output = theirs(input_ids=ids, labels=ids)
-    torch.testing.assert_close(next_token_loss(output.logits, ids, torch.ones_like(ids).bool()), output.loss)
 
 
 def test_the_vocabulary_is_scored_for_trained_tokens_alone():

@@ -269,3 +269,17 @@ def test_it_draws_from_the_space_of_a_contrastive_objective_without_a_teacher():
     assert float(space.scale) == pytest.approx(10.0)
     assert not any(rows.requires_grad for rows in (*space.rows.values(), space.scale))
     assert set(matching()(model, encoded, batch)) == {"text_image"}
+
+
+def test_without_a_weighting_all_others_are_as_likely_and_no_space_is_needed():
+    """ViLT. Each of the four others comes about 50 times in 200."""
+    model, batch = cross_model(), random_batch(5, subsets=BOTH)
+    objective, pairs = matching(weighting=None), Pairs.of(batch, PAIR, None)
+    assert set(objective(model, model.encode(batch), batch)) == {"text_image"}
+    counts = torch.zeros(5, 5)
+    for seed in range(200):
+        torch.manual_seed(seed)
+        counts[range(5), objective._draw(None, ("text", "image"), pairs, batch)["image"][5:10]] += 1
+    assert not counts.diagonal().any()
+    off = counts[~torch.eye(5).bool()].view(5, 4)
+    assert float(((off - 50).square() / 50).sum(1).max()) < 16.27 + 3
