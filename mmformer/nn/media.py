@@ -24,7 +24,7 @@ class Resampler(nn.Module):
     """A stage after which each item is `num_latents` tokens: learned vectors that have looked at it in every layer.
 
     A layer is a block with cross-attention, whose context is the item's tokens and the latents themselves behind them
-    (equation 1 and figure 5 of the paper): `JointNorm` with `ByModality` gives each of the two its norm. The tokens
+    (figure 5 of the paper): `JointNorm` with `ByModality` gives each of the two its norm. The tokens
     that come out stand at time 0.
     """
 
