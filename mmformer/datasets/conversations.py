@@ -179,19 +179,19 @@ class ConversationDataset:
         if len(epochs) > 1:
             raise ValueError(f"a batch of the epochs {sorted(epochs)}: a batch belongs to one")
         faults: list[Fault] = []
-        samples: dict[int, list[tuple[str, Tensor]]] = {}
+        read: list[tuple[int, list[tuple[str, Tensor]]]] = []  # an index may come twice
         for _, index in keys:
             found = self._read(int(self.rows[index]))
             if isinstance(found, Fault):
                 faults.append(self._refused(found))
             else:
-                samples[index] = found
+                read.append((index, found))
         batch = Batch(
-            ids=tuple(self.manifest.id(int(self.rows[index])) for index in samples),
-            inputs=join(list(samples.values()), self.features),
+            ids=tuple(self.manifest.id(int(self.rows[index])) for index, _ in read),
+            inputs=join([found for _, found in read], self.features),
             faults=tuple(faults),
             epoch=next(iter(epochs), 0),
-            indices=tuple(samples),
+            indices=tuple(index for index, _ in read),
         )
         return self.augment(batch, self.seed) if self.augment else batch
 

@@ -207,6 +207,12 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         read_conversations(str(path))
 
 
+def test_a_conversation_that_is_asked_for_twice_comes_twice(tmp_path):
+    batch = dataset(write(tmp_path)).__getitems__([(0, 0), (0, 2), (0, 0)])
+    assert batch.ids == ("a", "c", "a")
+    assert batch.indices == (0, 2, 0)
+
+
 def test_what_cannot_be_read_takes_its_conversation_with_it(tmp_path):
     long = {"id": "e", "split": "train", "turns": said("x" * 300, "y")}
     path = write(tmp_path, [*ROWS, long])
