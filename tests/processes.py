@@ -43,8 +43,9 @@ def both(task: Callable[..., Any], folder: Path, *arguments: Any, world: int = 2
 def _wait(workers: list[SpawnProcess], name: str) -> None:
     """Wait for all to end, but not for the others when one has failed."""
     stop = time.monotonic() + SECONDS
-    while any(worker.is_alive() for worker in workers):
-        connection.wait([worker.sentinel for worker in workers if worker.is_alive()], timeout=stop - time.monotonic())
+    # asked once a turn: waiting for none of them, when the last ends between two questions, would take all the time
+    while running := [worker.sentinel for worker in workers if worker.is_alive()]:
+        connection.wait(running, timeout=stop - time.monotonic())
         late = time.monotonic() > stop
         if late or any(worker.exitcode for worker in workers):
             for worker in workers:

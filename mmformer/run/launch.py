@@ -86,6 +86,11 @@ def _is_choice(override: str) -> bool:
     return "=" in override and "." not in override.split("=")[0] and not override.startswith(("-", "+", "~"))
 
 
+def named_keys() -> list[str]:
+    """The dotted keys that the command line of this run names."""
+    return [word.split("=")[0].lstrip("+~") for word in sys.argv[1:] if "=" in word]
+
+
 def command(*changes: str) -> str:
     """The command line of this run with some overrides added or replaced."""
     keys = {change.split("=")[0] for change in changes}

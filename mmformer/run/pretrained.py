@@ -3,15 +3,17 @@
 A checkpoint of one's own fills the model that the config describes. One of another library decides the layers too, how
 raw items are read and how texts are cut into words; the run's config decides everything else. What the checkpoint
 decides is written into the config before the data are set up, so that the saved config opens without the checkpoint.
+How items are read (the size of a picture, the bands of a sound) is said wherever it is not what the config had; what
+the command line names stands.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 from torch import nn
 
 from mmformer.checkpoints.load import describe, fill, recognise
@@ -32,6 +34,7 @@ class Pretrained:
     """A checkpoint, and what of a model it fills: all of it, or the encoder of one modality.
 
     `key` is how the user asked for it. `projected` encoders got a last stage that brings them to the run's width.
+    `notes` say where the checkpoint reads items otherwise than the config did.
     """
 
     key: str
@@ -41,6 +44,7 @@ class Pretrained:
     modality: str | None = None
     projected: bool = False
     strict: bool = True
+    notes: list[str] = field(default_factory=list)
 
     def load(self, model: nn.Module, objectives: Mapping[str, Any] | None = None) -> list[str]:
         """Fill a model, all of the checkpoint or nothing; gives back what to say of it.
@@ -57,7 +61,8 @@ class Pretrained:
         except MisfitError as error:
             hint = "" if self.modality or not self.strict else " (pretrained_strict=false)"
             raise UserError(f"{self.key}: {error}{hint}") from error
-        return [f"{self.key}: {self.family.library}/{self.family.name}, {report.summary()}", *report.details()]
+        first = f"{self.key}: {self.family.library}/{self.family.name}, {report.summary()}"
+        return [first, *self.notes, *report.details()]
 
     def _fill(self, module: nn.Module, part: str | None, objectives: Mapping[str, Any]) -> Report:
         rules, ignored, new = self.family.rules(self.described), {}, list(self.described.new)
@@ -93,8 +98,10 @@ class Pretrained:
         return self.described.model["encoders"][self.modality]
 
 
-def adopt(config: Any) -> list[Pretrained]:
+def adopt(config: Any, named: Sequence[str] = ()) -> list[Pretrained]:
     """The checkpoints that a config names, what they decide written into it; `config` is a DictConfig, and is changed.
+
+    `named` are the dotted keys of the command line: how items are read stands where the user says it.
 
     Raises:
         UserError: a checkpoint that cannot be read, or that lacks what it was named for.
@@ -103,15 +110,16 @@ def adopt(config: Any) -> list[Pretrained]:
     if config.pretrained:
         found.append(_open("pretrained", str(config.pretrained), strict=config.pretrained_strict))
         if found[0].family.library == OWN:
+            _compare_inputs(config, found[0])
             _write_words(config, found[0])
         else:
-            _write_model(config, found[0])
+            _write_model(config, found[0], named)
     for modality, encoder in list(config.module.model.encoders.items()):
         with open_dict(encoder):
             path = encoder.pop("pretrained", None)
         if path:
             key = f"module.model.encoders.{modality}.pretrained"
-            found.append(_write_encoder(config, _open(key, str(path), modality=modality)))
+            found.append(_write_encoder(config, _open(key, str(path), modality=modality), named))
     if origins := [origin for checkpoint in found for origin in checkpoint.origins()]:
         with open_dict(config):
             config.origins = origins
@@ -133,7 +141,7 @@ def _open(key: str, path: str, **options: Any) -> Pretrained:
     return Pretrained(key=f"{key}={path}", source=source, family=family, described=described, **options)
 
 
-def _write_model(config: Any, found: Pretrained) -> None:
+def _write_model(config: Any, found: Pretrained, named: Sequence[str]) -> None:
     """The parts of the checkpoint in the place of the config's; those that it lacks stay."""
     model, described = config.module.model, found.described
     with open_dict(config):
@@ -142,10 +150,10 @@ def _write_model(config: Any, found: Pretrained) -> None:
         if described.model.get("fusion"):
             model.fusion = described.model["fusion"]
         for modality in described.model["encoders"]:
-            _write_inputs(config, found, modality)
+            _write_inputs(config, found, modality, named)
 
 
-def _write_encoder(config: Any, found: Pretrained) -> Pretrained:
+def _write_encoder(config: Any, found: Pretrained, named: Sequence[str]) -> Pretrained:
     """The encoder in the place of the config's, with a projection where its width is another."""
     modality, encoder = str(found.modality), dict(found.encoder)
     width = _width(encoder)
@@ -155,16 +163,47 @@ def _write_encoder(config: Any, found: Pretrained) -> Pretrained:
         found = replace(found, projected=True)
     with open_dict(config):
         config.module.model.encoders[modality] = encoder
-        _write_inputs(config, found, modality)
+        _write_inputs(config, found, modality, named)
     return found
 
 
-def _write_inputs(config: Any, found: Pretrained, modality: str) -> None:
+def _write_inputs(config: Any, found: Pretrained, modality: str, named: Sequence[str]) -> None:
     """How the checkpoint reads items of a modality, and its words."""
     if feature := found.described.features.get(modality):
-        config.data.features[modality] = feature
+        place = f"data.features.{modality}"
+        had = _plain(config.data.features.get(modality))
+        said = {key.removeprefix(f"{place}.") for key in named if key.startswith(f"{place}.")}
+        found.notes.extend(_differences(place, feature, had, said))
+        config.data.features[modality] = {**feature, **{key: had[key] for key in had if key in said}}
     if modality == "text":
         _write_words(config, found)
+
+
+def _compare_inputs(config: Any, found: Pretrained) -> None:
+    """Say where the config reads items otherwise than the model of one's own that it is filled from."""
+    for modality, feature in found.described.features.items():
+        had = _plain(config.data.features.get(modality))
+        if modality in config.module.model.encoders:
+            found.notes.extend(_differences(f"data.features.{modality}", feature, had, had))
+
+
+def _differences(place: str, trained: Mapping[str, Any], had: Mapping[str, Any], stands: Collection[str]) -> list[str]:
+    """A line for each setting under which the checkpoint was trained and that is not what the config has."""
+    lines = []
+    for key in sorted({*trained, *had}):
+        if trained.get(key) == had.get(key):
+            continue
+        old, new = had.get(key, "nothing"), trained.get(key, "nothing")
+        lines.append(
+            f"{place}.{key}: {old} stands, trained with {new}"
+            if key in stands
+            else f"{place}.{key}: {new}, as it was trained, where the config has {old}"
+        )
+    return lines
+
+
+def _plain(node: Any) -> dict[str, Any]:
+    return OmegaConf.to_container(node, resolve=True) if node is not None else {}  # pyright: ignore
 
 
 def _write_words(config: Any, found: Pretrained) -> None:

@@ -27,7 +27,7 @@ from mmformer.run.compilation import compile_layers
 from mmformer.run.config import changes, drop_absent, missing
 from mmformer.run.folder import METRICS, Lock, write_json
 from mmformer.run.grafts import Graft, graft
-from mmformer.run.launch import UserError, command
+from mmformer.run.launch import UserError, command, named_keys
 from mmformer.run.pretrained import Pretrained, adopt
 from mmformer.run.summary import final_table, parameters_line
 from mmformer.run.tracking import log_results
@@ -121,7 +121,7 @@ class Run:
     def data(self) -> Any:
         """The data, set up, and what they and checkpoints tell the model written into the config."""
         config = self.config
-        self._pretrained = adopt(config)
+        self._pretrained = adopt(config, named_keys())
         with _in_one_line():
             data = instantiate(config.data.module, _convert_="all")
             data.setup()

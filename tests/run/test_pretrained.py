@@ -65,6 +65,33 @@ def test_one_encoder_is_taken_and_the_rest_stays(trained):
         assert torch.equal(parameter, other), name
 
 
+def test_items_are_read_as_the_encoder_was_trained_unless_the_command_line_says_otherwise(trained):
+    folder, _ = trained
+    size = config().data.features.image.longest
+    other = f"data.features.image.longest={size + 20}"
+    given = [f"module.model.encoders.image.pretrained={folder}", "+data.features.image.colour=x"]
+    found = config(*given, other)
+    (checkpoint,) = adopt(found)
+    assert found.data.features.image.longest == size
+    said = checkpoint.load(model_of(found))
+    assert f"data.features.image.longest: {size}, as it was trained, where the config has {size + 20}" in said
+    assert "data.features.image.colour: nothing, as it was trained, where the config has x" in said
+    found = config(*given, other)
+    (checkpoint,) = adopt(found, named=["data.features.image.longest", "dim"])
+    assert found.data.features.image.longest == size + 20
+    assert f"data.features.image.longest: {size + 20} stands, trained with {size}" in checkpoint.load(model_of(found))
+
+
+def test_a_whole_model_of_another_run_says_which_items_it_read_otherwise(trained):
+    folder, _ = trained
+    found = config(f"pretrained={folder}", "data.features.image.longest=77")
+    (checkpoint,) = adopt(found)
+    assert found.data.features.image.longest == 77
+    assert any(
+        "data.features.image.longest: 77 stands, trained with" in line for line in checkpoint.load(model_of(found))
+    )
+
+
 def test_an_encoder_of_another_width_gets_a_projection(trained):
     folder, source = trained
     found = config(f"module.model.encoders.audio.pretrained={folder}", "dim=48")
