@@ -38,10 +38,13 @@ class Encoded(dict[str, Tokens]):
 class Model(nn.Module):
     """One encoder for each modality, a fusion that joins them, and named heads that read one vector a sample.
 
-    The vector of a modality is what its encoder's pool gives, or its own of `views` where it has one.
+    The vector of a modality is what its encoder's pool gives, or its own of `views` where it has one. `shared` makes
+    parts one, by their names: {encoders.audio.stages.0: encoders.image.stages.0} lets sounds go through the layers of
+    pictures, and the parameters count once.
 
     Raises:
-        ValueError: the fusion names a modality that has no encoder, or views without a fusion.
+        ValueError: the fusion names a modality that has no encoder, views without a fusion, or shared parts that are
+            not there or not alike.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Model(nn.Module):
         fusion: Fusion | Cascade | Exchange | None = None,
         heads: Mapping[str, nn.Module] | None = None,
         views: Mapping[str, View] | None = None,
+        shared: Mapping[str, str] | None = None,
     ):
         super().__init__()
         self.encoders = nn.ModuleDict(encoders)
@@ -58,10 +62,27 @@ class Model(nn.Module):
         if views and fusion is None:
             raise ValueError(f"views of {sorted(views)} read a fusion, and there is none: choose one or drop them")
         self.heads = nn.ModuleDict(heads or {})
+        self._share(shared or {})
         self._tie()
         if fusion is not None and not set(fusion.entrances) <= set(encoders):
             missing = sorted(set(fusion.entrances) - set(encoders))
             raise ValueError(f"the fusion reads {missing} but the encoders are {sorted(encoders)}: add or drop them")
+
+    def _share(self, shared: Mapping[str, str]) -> None:
+        """Put parts in the place of others, which must have parameters of the same names and shapes."""
+        for name, other in shared.items():
+            shapes = []
+            for path in (name, other):
+                try:
+                    part = self.get_submodule(path)
+                except AttributeError as error:
+                    raise ValueError(f"shared names {path!r}, and this model has no such part: {error}") from error
+                shapes.append({key: tuple(p.shape) for key, p in part.named_parameters()})
+            if shapes[0] != shapes[1]:
+                key = next(key for key in {**shapes[0], **shapes[1]} if shapes[0].get(key) != shapes[1].get(key))
+                sizes = " and ".join(str(found.get(key, "nothing")) for found in shapes)
+                raise ValueError(f"shared: {name} and {other} differ ({key} is {sizes}): make them of the same parts")
+            self.set_submodule(name, self.get_submodule(other))
 
     def _tie(self) -> None:
         """Let heads over a vocabulary share the table of the embedder they name."""
@@ -75,6 +96,11 @@ class Model(nn.Module):
                 )
             table = self.encoders.get_submodule(f"{head.tied}.embedder.table")
             assert isinstance(table, nn.Embedding)
+            if head.out.weight.shape != table.weight.shape:
+                raise ValueError(
+                    f"head {name!r} scores {tuple(head.out.weight.shape)} and is tied to a table of "
+                    f"{tuple(table.weight.shape)}: give it the table's width, behind a transform to it"
+                )
             head.out.weight = table.weight
 
     def encode(self, batch: Batch) -> Encoded:

@@ -18,6 +18,8 @@ class TextEmbedder(nn.Module):
     """Look up a vector for each id; `position` adds where it stands (leave it out for rotary attention).
 
     `num_types` vectors tell kinds of text apart (BERT's two sentences); all that is read here is of the first kind.
+    A `table_dim` below `dim` factorises the table: narrow vectors and one map to the width (ALBERT, arXiv 1909.11942,
+    section 3.1), vocab_size x table_dim + table_dim x dim weights instead of vocab_size x dim.
 
     Raises:
         IndexError: an id outside the vocabulary.
@@ -30,12 +32,14 @@ class TextEmbedder(nn.Module):
         position: Callable[[int], nn.Module] | None = None,
         *,
         num_types: int = 0,
+        table_dim: int | None = None,
         modality: str = "text",
     ):
         super().__init__()
         self.modality = modality
-        self.table = nn.Embedding(vocab_size, dim)
+        self.table = nn.Embedding(vocab_size, table_dim or dim)
         nn.init.normal_(self.table.weight, std=0.02)
+        self.widen = nn.Linear(table_dim, dim, bias=False) if table_dim else nn.Identity()
         self.position = position(dim) if position else None
         self.types = nn.Parameter(torch.randn(num_types, dim) * 0.02) if num_types else None
 
@@ -49,7 +53,7 @@ class TextEmbedder(nn.Module):
 
     def vectors(self, ids: Int[Tensor, "*B"], position: Int[Tensor, "*B 3"]) -> Float[Tensor, "*B D"]:
         """The vectors of ids at their places, which may come one at a time."""
-        x = self.table(ids)
+        x = self.widen(self.table(ids))
         if self.types is not None:
             x = x + self.types[0]
         return x if self.position is None else x + self.position(position)

@@ -29,6 +29,7 @@ from mmformer.nn.position import (
     StretchedGrid,
 )
 from mmformer.nn.quantize import FSQ, Quantized, Quantizer, ResidualVQ, VectorQuantizer
+from mmformer.nn.recursive import Recursive
 from mmformer.nn.transformer import Transformer
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "Quantized",
     "Quantizer",
     "QuickGELU",
+    "Recursive",
     "RelativeBias",
     "Resampler",
     "Residual",

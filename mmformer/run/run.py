@@ -156,7 +156,7 @@ class Run:
             module.prepare()
         if config.extras.compile:
             compile_layers(module.model)
-        _say(parameters_line(module))
+        _say(parameters_line(module.model))
         return module
 
     def trainer(self) -> pl.Trainer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,15 +10,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from mmformer.model import Model
 from mmformer.training.evaluation import subsets
-from mmformer.training.module import Training
 
 
-def parameters_line(module: Training) -> str:
-    """How many parameters train, by part."""
-    model = module.model
-    parts = {name: _count(encoder) for name, encoder in model.encoders.items()}
-    parts |= {"fusion": _count(model.fusion) if model.fusion else 0, "heads": _count(model.heads)}
+def parameters_line(model: Model) -> str:
+    """How many parameters train, by part; those that several parts share are named once, by themselves."""
+    kinds = {**dict(model.encoders.items()), "fusion": model.fusion, "views": model.views, "heads": model.heads}
+    sets = {name: set(part.parameters()) for name, part in kinds.items() if part is not None}
+    uses = Counter(parameter for owned in sets.values() for parameter in owned)
+    parts = {name: sum(p.numel() for p in owned if uses[p] == 1) for name, owned in sets.items()}
+    parts["shared"] = sum(p.numel() for p, times in uses.items() if times > 1)
     shares = ", ".join(f"{name} {count / 1e6:.2f}" for name, count in parts.items() if count)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     note = f" ({frozen / 1e6:.2f} M frozen)" if frozen else ""
