@@ -30,6 +30,7 @@ from mmformer.nn.position import (
 )
 from mmformer.nn.quantize import FSQ, Quantized, Quantizer, ResidualVQ, VectorQuantizer
 from mmformer.nn.recursive import Recursive
+from mmformer.nn.reduction import Shrinking, TokenMerging, TokenPruning
 from mmformer.nn.transformer import Transformer
 
 __all__ = [
@@ -68,9 +69,12 @@ __all__ = [
     "ResidualVQ",
     "Rotary",
     "Scaled",
+    "Shrinking",
     "Sinusoid",
     "SinusoidTable",
     "StretchedGrid",
+    "TokenMerging",
+    "TokenPruning",
     "Transformer",
     "VectorQuantizer",
 ]

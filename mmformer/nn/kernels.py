@@ -68,7 +68,7 @@ def grouped(
     inners = [_inner(group, sight, bias) for group in groups]
     parts = [_gather_group(*own) for own in zip(queries, keys, values, groups, inners, strict=True)]
     rest = q.shape[1] - sum(len(part) for part in parts)
-    if rest:
+    if rest or not parts:
         parts.append(q.new_zeros(rest, q.shape[2], v.shape[3]))
     return torch.cat(parts)[None]
 
