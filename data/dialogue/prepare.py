@@ -3,9 +3,9 @@
     uv run python data/dialogue/prepare.py ../shared/data
 
 Writes conversations.jsonl, pictures.parquet and sounds.parquet here. A conversation is about one picture of easy-VQA
-(what shape, what colour), or about a handwritten and a spoken digit (MNIST and FSDD). Every turn of the assistant says
-under `kind` what was asked, and under `history` whether its question can be answered from the media alone: "and the
-other one?" cannot.
+(what shape, what colour), about a handwritten or a spoken digit, or about both (MNIST and FSDD). Every turn of the
+assistant says under `kind` what was asked, and under `history` whether its question can be answered from the media
+alone: "and the other one?" cannot.
 """
 
 from __future__ import annotations
@@ -130,6 +130,17 @@ def digits(talk: Talk, dice: random.Random) -> None:
     dice.choice((even, asked, larger, again))(talk, dice)
 
 
+def digit(talk: Talk, dice: random.Random) -> None:
+    """Of a written or a spoken digit alone, in two to four turns."""
+    first(talk, dice)
+    if dice.random() < 0.5:
+        plus(talk, dice)
+    for turn in dice.sample((again, even, asked), dice.randint(1, 2)):
+        turn(talk, dice)
+        if not talk.answers[-1].isdigit():
+            break
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="folder with easyvqa.zip and avdigits/")
@@ -142,15 +153,19 @@ def main() -> None:
         shapes = list(shapes_of(options.source / "easyvqa.zip", split, seen))
         written, spoken = digits_of(options.source / "avdigits", split, seen, heard)
         for number in range(count):
-            if number % 2:
+            if number % 3 == 0:
                 name, facts = dice.choice(shapes)
                 talk, media = Talk(facts, "<image>"), {"images": [name]}
                 pictures(talk, dice)
             else:
                 (name, picture), (clip, sound) = dice.choice(written), dice.choice(spoken)
-                talk = Talk({"picture": picture, "sound": sound}, "<image> <audio>")
-                media = {"images": [name], "audios": [clip]}
-                digits(talk, dice)
+                facts, media = {"picture": picture, "sound": sound}, {"images": [name], "audios": [clip]}
+                if number % 3 == 1:
+                    lacks = dice.choice(list(facts))
+                    facts.pop(lacks)
+                    media.pop({"picture": "images", "sound": "audios"}[lacks])
+                talk = Talk(facts, " ".join(f"<{kind.removesuffix('s')}>" for kind in media))
+                (digits if len(facts) == 2 else digit)(talk, dice)
             rows.append({"id": f"{split}-{number:05}", "split": split, **media, "turns": talk.turns})
     used = {name for row in rows for key in ("images", "audios") for name in row.get(key, ())}
     write(HERE / "pictures.parquet", "image", seen, used)
