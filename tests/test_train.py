@@ -296,6 +296,14 @@ def test_a_run_that_diverges_is_exit_code_3(rows):
     assert "the loss is not finite" in said
 
 
+def test_without_validation_the_last_step_is_the_model(rows):
+    code, said = train(rows, *SMALL, "trainer.limit_val_batches=0", "test=false")
+    assert code == 0, said
+    run = only_run(rows)
+    assert (run / "model" / "model.safetensors").exists()
+    assert not (run / "checkpoints" / "best.ckpt").exists()
+
+
 def test_testing_alone_judges_a_checkpoint(rows):
     train(rows, *SMALL)
     run = only_run(rows)

@@ -181,7 +181,7 @@ class Run:
         self._load_best(trainer, module, data)
         collector = Collector(module.evaluated()[1])
         metrics: dict[str, float] = {}
-        if data.has("val"):
+        if self._validates(data):
             trainer.validate(module, datamodule=data, verbose=False)
             metrics |= module.measured
         if self.config.test and data.has("test"):
@@ -193,11 +193,15 @@ class Run:
             final_table(metrics, list(module.model.encoders), self.folder, self._next_commands())
         return self._optimized(metrics)
 
+    def _validates(self, data: Any) -> bool:
+        """Whether there is a best step; without validation it is the last."""
+        return data.has("val") and self.config.trainer.limit_val_batches != 0
+
     def _load_best(self, trainer: pl.Trainer, module: Training, data: Any) -> None:
         source = self.checkpoint
         if self.config.fit:
             keepers = [callback for callback in _callbacks(trainer) if isinstance(callback, Checkpoints)]
-            for keeper in keepers if data.has("val") else []:
+            for keeper in keepers if self._validates(data) else []:
                 keeper.finish(trainer, module, data)
             best = [Path(keeper.best_model_path) for keeper in keepers if keeper.best_model_path]
             source = best[0] if best else None
@@ -217,7 +221,8 @@ class Run:
             "device": str(trainer.strategy.root_device),
             "resumed": self.checkpoint is not None,
         }
-        report_test(self.folder, collector, data.manifest, names, self._started, **facts)
+        decode = None if data.tokenizer is None else data.tokenizer.decode
+        report_test(self.folder, collector, data.manifest, names, self._started, decode, **facts)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 log_results(logger, self.folder, data.manifest, metrics)
