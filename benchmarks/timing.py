@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from mmformer.training.memory import keep_freed_memory
 from mmformer.training.precision import fast_matmul
 
 Step = Callable[[int], object]
@@ -45,12 +46,22 @@ class Timings:
 
 def parse_args(description: str, rounds: int) -> argparse.Namespace:
     """The options that every benchmark has, and the arithmetic set as `train.py` sets it."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--rounds", type=int, default=rounds)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="write the figures to this file too")
-    args = parser.parse_args()
+    return prepare(parser(description, rounds).parse_args())
+
+
+def parser(description: str, rounds: int) -> argparse.ArgumentParser:
+    """The options that every benchmark has; some have more."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--rounds", type=int, default=rounds)
+    made.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    made.add_argument("--threads", type=int, default=1)
+    made.add_argument("--json", type=Path, help="write the figures to this file too")
+    return made
+
+
+def prepare(args: argparse.Namespace) -> argparse.Namespace:
+    """Set threads, arithmetic and memory as `train.py` does."""
+    keep_freed_memory()
     torch.set_num_threads(args.threads)
     fast_matmul(args.device)
     return args
