@@ -290,10 +290,25 @@ def test_what_a_user_gets_wrong_is_one_line_and_exit_code_2(rows, arguments, mes
     assert "Traceback" not in said
 
 
-def test_a_run_that_diverges_is_exit_code_3(rows):
+def test_a_run_that_diverges_is_exit_code_3_and_can_be_looked_into(rows, capsys):
     code, said = train(rows, *SMALL, "module.optimizer.lr=1e30", "trainer.gradient_clip_val=null")
     assert code == 3, said
-    assert "the loss is not finite" in said
+    assert "is nan at step" in said
+    (kept,) = (only_run(rows) / "nonfinite").glob("*.pt")
+    assert str(kept.relative_to(rows)) in said
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        mmformer_command(["debug", "batch", str(kept)])
+    assert not caught.value.code
+    found = capsys.readouterr().out
+    assert "objectives: answer" in found or "weights:" in found or "layer:" in found
+
+
+def test_a_number_that_is_infinite_is_named_by_its_row(tmp_path):
+    brightness(tmp_path, lambda i: "inf" if i == 12 else f"{i}")
+    code, said = train(tmp_path, *SMALL)
+    assert code != 0
+    assert "r12" in said, said
 
 
 def test_without_validation_the_last_step_is_the_model(rows):

@@ -13,6 +13,7 @@ import typer
 from mmformer import __version__
 from mmformer.cli.chat import chat
 from mmformer.cli.convert import convert
+from mmformer.cli.debug import debug as debugging
 from mmformer.cli.evaluate import evaluate
 from mmformer.cli.index import index
 from mmformer.cli.models import models
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 for command in (predict, chat, evaluate, probe, report, runs, index, search, convert, models):
     app.command()(command)
+app.add_typer(debugging, name="debug")
 
 
 def _version(asked: bool) -> bool:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.rank_zero import rank_zero_only
-from pytorch_lightning.plugins.precision import MixedPrecision, Precision
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from pytorch_lightning.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
@@ -34,7 +33,14 @@ Found = TypeVar("Found")
 
 
 class NonFiniteLoss(RuntimeError):
-    """A loss became NaN or infinite; raised before the step, so that the weights are still good."""
+    """A loss or a gradient became NaN or infinite; raised before the step, so that the weights are still good."""
+
+
+@runtime_checkable
+class Watch(Protocol):
+    """Looks at a step before it is taken (`mmformer.training.guard.Guard`)."""
+
+    def refuses(self, module: Training, loss: float, norm: float) -> bool: ...
 
 
 class Training(pl.LightningModule):
@@ -82,6 +88,10 @@ class Training(pl.LightningModule):
         """The metrics of the last evaluation."""
         self.on_judged: Callable[[str, str, dict[str, Tensor], Batch], None] | None = None
         """Is told what is predicted while a split is judged: objective, subset, predictions, samples."""
+        self.guard: Watch | None = None
+        """Asked before every update, with the loss and the norm of the gradients, whether it is left out."""
+        self._refused = False
+        self._norm: float | None = None
         self._evaluation: Evaluation | None = None
         self._step_losses: list[dict[str, Tensor]] = []
 
@@ -141,6 +151,19 @@ class Training(pl.LightningModule):
             strategy.model = self
             strategy.configure_ddp()
 
+    @property
+    def parts(self) -> nn.ModuleDict:
+        """What trains: the model, the objectives and the learned weights of these."""
+        return self._trained()
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The weighted losses of a batch by name."""
+        objectives: dict[str, Objective] = dict(self.objectives.items())  # pyright: ignore
+        needed = any(objective.needs_encoded for objective in objectives.values())
+        encoded = self.model.encode(batch) if needed else Encoded({}, len(batch))
+        self.size = _size(batch, encoded)
+        return self._losses(self.model, objectives, encoded, batch)
+
     def _trained(self) -> nn.ModuleDict:
         learned = {"weighting": self.weighting} if self.weighting.learned else {}
         return nn.ModuleDict({"model": self.model, "objectives": self.objectives, **learned})
@@ -161,17 +184,13 @@ class Training(pl.LightningModule):
         torch.manual_seed(counter_seed(self.seed, "step", self.global_step, batch_idx, self.global_rank))
         if not len(batch) and not ranks.active():
             return self._idle()
-        objectives: dict[str, Objective] = dict(self.objectives.items())  # pyright: ignore
-        needed = any(objective.needs_encoded for objective in objectives.values())
-        encoded = self.model.encode(batch) if needed else Encoded({}, len(batch))
-        self.size = _size(batch, encoded)
-        losses = self._losses(self.model, objectives, encoded, batch)
+        losses = self.losses(batch)
         total = torch.stack([*losses.values(), torch.zeros((), device=self.device)]).sum()
         if ranks.active() and isinstance(self.trainer.strategy, DDPStrategy):
             total = _Reach.apply(total, *(p for p in self.parameters() if p.requires_grad))
         if not losses or not total.requires_grad:
             return self._idle()
-        if not torch.isfinite(total):
+        if self.guard is None and not torch.isfinite(total):
             self._refuse(losses, batch)
         self.log("train/loss", total.detach(), logger=False, batch_size=1)
         self._step_losses.append({"loss": total.detach()} | {f"loss_{k}": v.detach() for k, v in losses.items()})
@@ -203,22 +222,50 @@ class Training(pl.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip, also under bf16: Lightning refuses a fused optimizer for the loss scaling that only fp16 has."""
-        plugin = self.trainer.precision_plugin
-        if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
-            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or GradClipAlgorithmType.NORM)
-            Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
-        else:
+        """Clip, and let the guard see the loss and the norm, which are then computed once.
+
+        Also under bf16, where Lightning refuses a fused optimizer for the loss scaling that only fp16 has.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        kind, value = GradClipAlgorithmType(gradient_clip_algorithm or "norm"), gradient_clip_val or 0.0
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        if self._sharded:
+            norm = self.trainer.strategy.reduce(norm.square(), reduce_op="sum").sqrt()  # pyright: ignore
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif value > 0 and kind == GradClipAlgorithmType.VALUE:
+            nn.utils.clip_grad_value_(parameters, value)
+        elif value > 0:
+            nn.utils.clip_grads_with_norm_(parameters, value, norm)
+        self._watch(optimizer, norm)
+
+    @property
+    def _sharded(self) -> bool:
+        return not isinstance(self.trainer.strategy, DDPStrategy | SingleDeviceStrategy)
+
+    def _watch(self, optimizer: Any, norm: Tensor) -> None:
+        """Ask the guard; what it refuses loses its gradients, and an optimizer without gradients does nothing."""
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if self.guard is None or (scaled and not norm.isfinite()):  # in fp16 overflow is usual, and the scaler's matter
+            return
+        losses = [part["loss"].to(norm) for part in self._step_losses]
+        seen = torch.stack([torch.stack(losses).mean() if losses else norm.new_zeros(()), norm])
+        if self.trainer.world_size > 1:
+            seen = self.trainer.strategy.reduce(seen, reduce_op="mean")  # all see the same, and decide alike
+        loss, self._norm = seen.tolist()
+        assert self._norm is not None
+        self._refused = self.guard.refuses(self, loss, self._norm)
+        if self._refused:
+            optimizer.zero_grad(set_to_none=True)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        for objective in self.objectives.values():
-            assert isinstance(objective, Objective)
-            objective.advance(self.model)
         step = self.global_step + 1  # Lightning counts after this hook
-        if self.average is not None:
-            self.average.update(self._trained(), step)
+        if not self._refused:
+            for objective in self.objectives.values():
+                assert isinstance(objective, Objective)
+                objective.advance(self.model)
+            if self.average is not None:
+                self.average.update(self._trained(), step)
         self._record_step(step)
 
     def _record_step(self, step: int) -> None:
@@ -231,6 +278,8 @@ class Training(pl.LightningModule):
         names = dict.fromkeys(name for found in everyone for name in found)
         values = {name: [value for found in everyone for value in found.get(name, ())] for name in names}
         metrics = {f"train/{name}": sum(found) / len(found) for name, found in values.items()}
+        if metrics and self._norm is not None:
+            metrics["train/gradient_norm"] = self._norm
         if metrics:
             self.record(metrics | {"lr": self.trainer.optimizers[0].param_groups[0]["lr"]}, step)
 
