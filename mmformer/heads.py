@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mmformer.nn import Residual
+
 
 class Head(nn.Module):
     """A linear map to `num_outputs`, behind a hidden layer of `hidden` channels if one is wanted.
@@ -85,3 +87,13 @@ class VocabularyHead(nn.Module):
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
         return self.out(self.transform(x))
+
+
+def residual_head(dim: int, modalities: Sequence[str], num_outputs: int) -> nn.Sequential:
+    """A perceptron with a residual in front of a linear map: the head of MulT (arXiv 1906.00295).
+
+    It reads `dim` channels for every ordered pair of the `modalities`, as `mmformer.nn.Crossmodal` makes them.
+    """
+    width = dim * len(modalities) * (len(modalities) - 1)
+    part = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+    return nn.Sequential(Residual(part), nn.Linear(width, num_outputs))

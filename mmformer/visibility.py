@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from mmformer.patterns import Pattern, Window
 from mmformer.tokens import Layout, Tokens, modality_id
 
+Made = TypeVar("Made")
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -25,17 +28,21 @@ class Visibility:
     `window`: a key of the same modality is seen when no coordinate (time, row, column) differs by more than this.
     `sees`: for each modality named, the modalities that its tokens see; others see everything.
     `current`: a key holds from its time until another, its row: what a text saw last (`mmformer.nn.media.in_time`).
+    `patterns`: a key of the same modality is seen when each of them allows it (`mmformer.patterns`: dilated windows,
+    global tokens, blocks); one, or several.
     """
 
     causal: bool = False
     window: int | None = None
     sees: Mapping[str, Iterable[str]] | tuple[tuple[str, tuple[str, ...]], ...] | None = None
     current: bool = False
+    patterns: Pattern | Sequence[Pattern] = ()
     _numbers: tuple[tuple[int, tuple[int, ...]], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.window is not None and self.window < 0:
-            raise ValueError(f"window is {self.window}: give a distance of at least 0, or null for no window")
+        if self.window is not None:
+            Window(self.window)  # stops at a window that is none
+        object.__setattr__(self, "patterns", self._patterns)
         pairs = self.sees.items() if isinstance(self.sees, Mapping) else self.sees or ()
         object.__setattr__(self, "sees", tuple(sorted((name, tuple(sorted(seen))) for name, seen in pairs)))
         numbers = tuple((modality_id(name), tuple(map(modality_id, seen))) for name, seen in self.sees or ())
@@ -44,7 +51,16 @@ class Visibility:
     @property
     def full(self) -> bool:
         """Whether the rule leaves every key of the segment visible."""
-        return not (self.causal or self.current or self.sees) and self.window is None
+        return not (self.causal or self.current or self.sees or self.rules)
+
+    @property
+    def rules(self) -> tuple[Pattern, ...]:
+        """The window and the patterns, all of which must allow what is seen among tokens of one modality."""
+        return self._patterns if self.window is None else (Window(self.window), *self._patterns)
+
+    @property
+    def _patterns(self) -> tuple[Pattern, ...]:
+        return tuple(self.patterns) if isinstance(self.patterns, Sequence) else (self.patterns,)
 
     def __and__(self, other: Visibility) -> Visibility:
         """The rule that allows what both allow."""
@@ -53,7 +69,10 @@ class Visibility:
         sees = {name: set(mine.get(name, theirs.get(name, ()))) for name in {*mine, *theirs}}
         for name in {*mine} & {*theirs}:
             sees[name] = set(mine[name]) & set(theirs[name])
-        return Visibility(self.causal or other.causal, min(windows, default=None), sees, self.current or other.current)
+        patterns = tuple(dict.fromkeys((*self._patterns, *other._patterns)))
+        return Visibility(
+            self.causal or other.causal, min(windows, default=None), sees, self.current or other.current, patterns
+        )
 
     def allows(
         self,
@@ -61,14 +80,19 @@ class Visibility:
         query_position: Int[Tensor, "*q 3"],
         key_modality: Int[Tensor, "*k"],
         key_position: Int[Tensor, "*k 3"],
+        last: Int[Tensor, "*q"] | None = None,
     ) -> Bool[Tensor, "*qk"]:
-        """Whether each query sees each key, for shapes that broadcast; segments are not looked at."""
+        """Whether each query sees each key, for shapes that broadcast; segments are not looked at.
+
+        `last` is the last time in each query's segment, which some patterns ask for.
+        """
         seen = torch.ones_like(query_modality == key_modality)
         if self.causal:
             seen = seen & (key_position[..., 0] <= query_position[..., 0])
-        if self.window is not None:
-            near = ((query_position - key_position).abs() <= self.window).all(-1)
-            seen = seen & (near | (query_modality != key_modality))
+        for rule in self.rules:
+            near = rule.allows(query_position, key_position, last) | (query_modality != key_modality)
+            anywhere = rule.is_global(query_modality, query_position) | rule.is_global(key_modality, key_position)
+            seen = seen & (near | anywhere)
         if self.current:
             time = query_position[..., 0]
             seen = seen & (key_position[..., 0] <= time) & (time < key_position[..., 1])
@@ -135,6 +159,7 @@ class Sight:
             raise ValueError("queries and keys must both be packed or both be padded")
         self.visibility = visibility
         self.query, self.key = query, key
+        self._kept: dict[Hashable, Any] = {}
 
     @property
     def packed(self) -> bool:
@@ -158,20 +183,39 @@ class Sight:
                 self.query.position[:, :, None],
                 self.key.modality[:, None],
                 self.key.position[:, None],
+                None if self.last is None else self.last[:, :, None],
             )
         return same[:, None]
+
+    @cached_property
+    def last(self) -> Int[Tensor, "B Tq"] | None:
+        """The last time of the keys that belong with each query, 0 where there are none; None where no pattern asks."""
+        if not self.visibility.patterns:
+            return None
+        mine, theirs = self.owners
+        sizes = [1 if t.layout is None else max(len(t.layout.lengths), t.num_samples) for t in (self.query, self.key)]
+        rows = theirs.new_zeros(len(mine), 1 + max(*sizes, len(mine), theirs.shape[1]))
+        latest = rows.scatter_reduce(1, theirs + 1, self.key.position[..., 0], "amax")
+        return latest.gather(1, mine + 1)
+
+    def kept(self, make: Callable[..., Made], *options: Hashable) -> Made:
+        """What a kernel makes of this sight and some options, made once for all layers that ask."""
+        if (make, options) not in self._kept:
+            self._kept[make, options] = make(self, *options)
+        return self._kept[make, options]
 
     def mask_mod(self) -> MaskMod:
         """The rule as a closure for FlexAttention."""
         mine, theirs = self.owners
-        rule, query, key = self.visibility, self.query, self.key
+        rule, query, key, last = self.visibility, self.query, self.key, self.last
 
         def seen(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
             same = (mine[b, q] == theirs[b, k]) & (mine[b, q] >= 0)
             if rule.full:
                 return same
+            latest = None if last is None else last[b, q]
             return same & rule.allows(
-                query.modality[b, q], query.position[b, q], key.modality[b, k], key.position[b, k]
+                query.modality[b, q], query.position[b, q], key.modality[b, k], key.position[b, k], latest
             )
 
         return lambda b, h, q, k: seen(b, q, k)  # FlexAttention counts the parameters, so no wrapper may hide them
@@ -197,6 +241,14 @@ class Sight:
         start, size = _extent_of_samples(key)
         samples = np.asarray(query.samples, dtype=np.int64)
         return query.offsets[:-1], length, start[samples], size[samples]
+
+    @cached_property
+    def pairs(self) -> int:
+        """Query-key pairs that dense attention computes: within segments, or of all that is in a padded row."""
+        if not self.packed:
+            return int(self.query.segment.numel() * self.key.segment.shape[1])
+        _, queries, _, keys = self._extents
+        return int((queries * keys).sum())
 
     @cached_property
     def cumulative(self) -> tuple[Int[Tensor, " S"], Int[Tensor, " S"], int, int]:
@@ -232,9 +284,10 @@ class Sight:
             if not self.visibility.full:
                 q = _on(query, device).view(count, wide, 1)
                 k = _on(key, device).view(count, 1, deep)
+                last = None if self.last is None else self.last[0][q]
                 mask = mask & self.visibility.allows(
                     self.query.modality[0][q], self.query.position[0][q],
-                    self.key.modality[0][k], self.key.position[0][k])[:, None]  # fmt: skip
+                    self.key.modality[0][k], self.key.position[0][k], last)[:, None]  # fmt: skip
                 sees = mask.any(-1, keepdim=True)
                 sees = None if sees.all() else sees
         out = None

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from mmformer.fusion import Cascade, Exchange, Fusion
+from mmformer.heads import residual_head
 from mmformer.model import Encoded
-from mmformer.nn import Attention, Block, Bottleneck, CrossAttention, Memory, Transformer
+from mmformer.nn import Attention, Block, Bottleneck, CrossAttention, Crossmodal, Memory, SinusoidTable, Transformer
 from mmformer.pooling import EndPool, FirstPool, MeanPool
 from mmformer.tokens import LATENT, merge, to_padded
 from tests.helpers import packed_tokens, random_batch, scramble, small_model
@@ -76,3 +77,18 @@ def test_a_cascade_makes_what_no_encoder_gives():
     out = cascade(given, 3)
     torch.testing.assert_close(out.x, last({"latents": first(given, 3)}, 3).x)
     assert cascade.summary(out).shape == (3, DIM)
+
+
+@pytest.mark.parametrize("names", [NAMES[:2], NAMES])
+def test_the_head_of_mult_reads_what_every_modality_knows_of_each_other_one(names):
+    layer = partial(Block, cross=partial(CrossAttention, num_heads=2))
+    alone = partial(Transformer, depth=1, layers=[partial(Block, attention=partial(Attention, num_heads=2))])
+    cross, place = partial(Transformer, depth=1, layers=[layer]), partial(SinusoidTable, num_positions=9)
+    mixer = partial(Crossmodal, dim=DIM, cross=cross, alone=alone, position=place)
+    fusion = Exchange(names, mixer, EndPool(names, last=True, joined=True))
+    streams = {name: packed_tokens({0: 3, 1: 2}, 2, DIM, name) for name in names}
+    vectors = fusion.summary(fusion(streams, 2))
+    head = scramble(residual_head(DIM, names, 5))
+    assert head(vectors).shape == (2, 5)
+    first, rest = head
+    torch.testing.assert_close(head(vectors), rest(vectors + first.part(vectors)))

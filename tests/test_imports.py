@@ -16,15 +16,16 @@ PACKAGE = ROOT / "mmformer"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 PYTHON = [*SOURCES, *(path for path in [ROOT / "train.py"] if path.exists())]
 
-MODEL = ["batch losses metrics", "tokens", "visibility pooling", "nn", "encoders fusion heads", "codec", "model"]
-MODEL += ["generation", "objectives"]
+MODEL = ["batch losses metrics", "tokens", "patterns", "visibility pooling", "nn", "encoders fusion heads", "codec"]
+MODEL += ["model", "generation", "objectives"]
 RANK = {part: rank for rank, parts in enumerate([*MODEL, "training"]) for part in parts.split()}
 """A part imports itself and parts of a lower rank; two parts of one rank do not know each other."""
 
 DATA = {"datasets"}
 """Imports `batch` only; files mean nothing to the model, so training and what lies above it alone may import it."""
 
-ABOVE = {"checkpoints", "run", "predict", "writing", "report", "export", "compress", "search", "evaluate", "cli"}
+ABOVE = {"checkpoints", "run", "predict", "writing", "judging", "capfilt"}
+ABOVE |= {"report", "export", "compress", "search", "evaluate", "cli"}
 """Import the model, and nothing below imports them; training saves checkpoints, and may import those."""
 
 HEAVY = {

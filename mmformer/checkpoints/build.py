@@ -23,6 +23,7 @@ PARTS = (
     "mmformer.model",
     "mmformer.nn",
     "mmformer.objectives",
+    "mmformer.patterns",
     "mmformer.pooling",
     "mmformer.tokens",
     "mmformer.visibility",

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from mmformer import __version__
+from mmformer.cli.capfilt import capfilt
 from mmformer.cli.chat import chat
 from mmformer.cli.convert import convert
 from mmformer.cli.debug import debug as debugging
@@ -35,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (predict, chat, evaluate, probe, report, runs, index, search, convert, models):
+for command in (predict, chat, evaluate, probe, report, runs, index, search, capfilt, convert, models):
     app.command()(command)
 app.add_typer(debugging, name="debug")
 

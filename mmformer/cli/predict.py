@@ -93,7 +93,7 @@ def _many(predictor: Predictor, rows: Path, output: Path | None) -> None:
     answers = predictor.answer(rows)
     table = [_row(answer) for answer in answers]
     if output is not None:
-        _write(table, output)
+        write_table(table, output)
         typer.echo(f"{len(table):,} predictions in {output}", err=True)
     else:
         _write_separated(table, sys.stdout, ",")
@@ -113,7 +113,8 @@ def _row(answer: Answer) -> dict[str, Any]:
     return row | {"fault": answer.fault}
 
 
-def _write(table: list[dict[str, Any]], path: Path) -> None:
+def write_table(table: list[dict[str, Any]], path: Path) -> None:
+    """Rows as a file of one of `SUFFIXES`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         import pyarrow as pa

@@ -47,7 +47,7 @@ def _rank(value: float | None, name: str) -> tuple[bool, float]:
     """Runs without the metric last; the smallest first where small is good."""
     if value is None or value != value:
         return (True, 0.0)
-    small_is_good = any(part in name for part in ("loss", "mae", "rmse", "median_rank"))
+    small_is_good = any(part in name for part in ("loss", "mae", "rmse", "median_rank", "wer", "cer", "perplexity"))
     return (False, value if small_is_good else -value)
 
 

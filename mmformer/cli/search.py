@@ -10,6 +10,7 @@ import typer
 from mmformer.cli.predict import named, open_run
 
 if TYPE_CHECKING:
+    from mmformer.predict import Predictor
     from mmformer.search import Hit
 
 WIDTH = 100
@@ -30,6 +31,12 @@ def search(
     ] = None,
     probes: Annotated[
         int | None, typer.Option(min=1, help="How many lists an approximate search reads: more miss less.")
+    ] = None,
+    rerank: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Judge the first N again, by the run's matching head.")
+    ] = None,
+    rows: Annotated[
+        list[Path] | None, typer.Option(help="The manifest that was indexed, for --rerank; may be repeated.")
     ] = None,
     run: Annotated[Path | None, typer.Option(help="The run, where it no longer lies where the index says.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -53,14 +60,32 @@ def search(
                                 "say where it lies with --run")  # fmt: skip
     predictor = open_run(run or Path(found.origin), allow)
     fused = found.model.endswith(f":{FUSED}")
+    where, second = _filters(keep or []), {}
+    if rerank is not None:
+        second, judged = _reranked(predictor, sample, rerank, rows)
+        if not fused:
+            where.setdefault("modality", judged)
     (hits,) = found.search(
         embed_query(predictor, sample, fused)[None],
         top,
         model=fingerprint(predictor, [FUSED] if fused else list(sample)),
-        where=_filters(keep or []),
+        where=where,
         probes=probes or PROBES,
+        **second,
     )
     _print(hits, as_json)
+
+
+def _reranked(
+    predictor: Predictor, sample: dict[str, Any], depth: int, rows: list[Path] | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Options of a search whose first hits are judged again, and the modalities that these may be of."""
+    from mmformer.search.matching import by_matching, judged_with
+
+    judged = judged_with(predictor, sample)
+    if not rows:
+        raise ValueError("--rerank reads what it judges again: name the manifest that was indexed with --rows")
+    return {"rerank": by_matching(predictor, sample, rows), "depth": depth}, judged
 
 
 def _filters(words: list[str]) -> dict[str, list[str]]:

@@ -249,7 +249,15 @@ def vocabulary_facts(tokenizer: Tokenizer | None) -> dict[str, Any]:
         "special_ids": list(specials.all) if specials else None,
         "mask_id": specials.mask if specials else None,
         "end_id": specials.end[-1] if specials and specials.end else None,
+        "space_id": _space(tokenizer) if tokenizer else None,
     }
+
+
+def _space(tokenizer: Tokenizer) -> int | None:
+    """The id between words, of a tokenizer that has one for it and does not join it to a word."""
+    one, both, other = (tokenizer.encode(text) for text in ("a", "a b", "b"))
+    between = both[len(one) : len(both) - len(other)]
+    return between[0] if len(between) == 1 and both == [*one, *between, *other] else None
 
 
 def _texts(manifest: Manifest) -> Sequence[str]:

@@ -6,8 +6,6 @@ scores = rank(Writer(model=model).read(batch), answers, first=128)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
 from mmformer.batch import Batch
@@ -16,8 +14,6 @@ from mmformer.generation.limits import Limits
 from mmformer.generation.rank import rank
 from mmformer.generation.search import Beam, Greedy, Sampling, Search, Written
 from mmformer.model import Model
-from mmformer.tokens import Tokens
-from mmformer.visibility import Visibility
 
 __all__ = ["GREEDY", "Beam", "Draft", "Greedy", "Limits", "Sampling", "Search", "Writer", "Written", "generate", "rank"]
 
@@ -25,22 +21,10 @@ GREEDY = Greedy()
 
 
 @torch.inference_mode()
-def generate(
-    model: Model,
-    batch: Batch,
-    limits: Limits,
-    search: Search = GREEDY,
-    *,
-    head: str = "vocabulary",
-    modality: str = "text",
-    source: str | None = None,
-    visibility: Visibility | None = None,
-    encoded: Mapping[str, Tokens] | None = None,
-) -> list[list[Written]]:
+def generate(model: Model, batch: Batch, limits: Limits, search: Search = GREEDY) -> list[list[Written]]:
     """For each sample of a batch the texts that a search finds, the best one first.
 
-    What a sample has of `modality` is its prompt, all else its context. Options as in `Writer`; `encoded` has tokens of
-    the context where they are known.
+    What a sample has of the text is its prompt, all else its context. With another head, modality or sequence, or where
+    the context is encoded already, it is `search(Writer(..).read(batch, encoded), limits)`.
     """
-    writer = Writer(model=model, head=head, modality=modality, source=source, visibility=visibility)
-    return search(writer.read(batch, encoded), limits)
+    return search(Writer(model=model).read(batch), limits)

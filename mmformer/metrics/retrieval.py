@@ -53,7 +53,7 @@ def average_precisions(scores: Float[Tensor, "Q K"], relevant: Bool[Tensor, "Q K
     found = hits.cumsum(1).gather(1, above - 1)
     precision = (found / above).double()
     total = relevant.sum(1)
-    return ((precision * hits).sum(1) / total.clamp(min=1)).float()
+    return (precision * hits).sum(1) / total.clamp(min=1)
 
 
 def judge_vectors(

@@ -7,7 +7,11 @@ from mmformer.nn.block import Block, FeedForward
 from mmformer.nn.branch import ContextNorm, Gated, Scaled
 from mmformer.nn.causality import ByCausality
 from mmformer.nn.crossmodal import Crossmodal, JointNorm, Residual
+from mmformer.nn.deformable import DeformableAttention
 from mmformer.nn.experts import ByModality
+from mmformer.nn.hierarchical import HierarchicalAttention
+from mmformer.nn.hourglass import Document, Hourglass
+from mmformer.nn.linear import LinearAttention
 from mmformer.nn.looped import Looped
 from mmformer.nn.media import Conditioned, Resampler
 from mmformer.nn.memory import Memory
@@ -31,14 +35,20 @@ from mmformer.nn.position import (
 from mmformer.nn.quantize import FSQ, Quantized, Quantizer, ResidualVQ, VectorQuantizer
 from mmformer.nn.recursive import Recursive
 from mmformer.nn.reduction import Shrinking, TokenMerging, TokenPruning
+from mmformer.nn.routed import Routed
+from mmformer.nn.span import AdaptiveSpan
+from mmformer.nn.statespace import BothWays, Mamba2
+from mmformer.nn.swin import PatchMerging, SwinAttention
 from mmformer.nn.transformer import Transformer
 
 __all__ = [
     "FSQ",
+    "AdaptiveSpan",
     "Attention",
     "AttentionPool",
     "BandScaling",
     "Block",
+    "BothWays",
     "Bottleneck",
     "ByCausality",
     "ByModality",
@@ -47,17 +57,24 @@ __all__ = [
     "ConvolutionPosition",
     "CrossAttention",
     "Crossmodal",
+    "DeformableAttention",
+    "Document",
     "FeedForward",
     "Gated",
     "GridTable",
+    "HierarchicalAttention",
+    "Hourglass",
     "JointNorm",
     "Learned",
     "LearnedGrid",
+    "LinearAttention",
     "LinearScaling",
     "Looped",
+    "Mamba2",
     "Memory",
     "MultiwayAttention",
     "NormedRotary",
+    "PatchMerging",
     "PositionBeside",
     "Quantized",
     "Quantizer",
@@ -68,11 +85,13 @@ __all__ = [
     "Residual",
     "ResidualVQ",
     "Rotary",
+    "Routed",
     "Scaled",
     "Shrinking",
     "Sinusoid",
     "SinusoidTable",
     "StretchedGrid",
+    "SwinAttention",
     "TokenMerging",
     "TokenPruning",
     "Transformer",

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from mmformer.nn.sparse import entries, sparse
 from mmformer.visibility import Group, Sight
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Sight], Tensor]
@@ -25,12 +27,20 @@ Bias = Callable[[Int[Tensor, "n Lq 3"], Int[Tensor, "n Lk 3"]], Float[Tensor, "n
 
 # Above this many keys the score matrix of plain attention no longer fits the cache and SDPA's blocks win.
 PLAIN_KEYS = 768
+# With this many keys a query on the average, and this share of all pairs in tiles, these win (benchmarks/window.py).
+SPARSE_KEYS = 768
+SPARSE_SHARE = 0.6
 
 
 def attend(
     q: Float[Tensor, "B Tq H d"], k: Float[Tensor, "B Tk G d"], v: Float[Tensor, "B Tk G e"], sight: Sight
 ) -> Float[Tensor, "B Tq H e"]:
-    """The fastest kernel for where the tensors are: grouped or variable-length for packed rows, dense for padded."""
+    """The fastest kernel for where the tensors are: grouped or variable-length for packed rows, dense for padded.
+
+    On a CPU long rows under a rule that hides most keys, as a window does, take the sparse one.
+    """
+    if q.device.type == "cpu" and _is_sparse(sight):
+        return sparse(q, k, v, sight)
     if not sight.packed:
         return dense(q, k, v, sight)
     if q.device.type == "cpu":
@@ -40,6 +50,16 @@ def attend(
     if sight.visibility.full and q.shape[3] == v.shape[3] and q.dtype in (torch.bfloat16, torch.float16):
         return varlen(q, k, v, sight)
     return flex(q, k, v, sight)
+
+
+def _is_sparse(sight: Sight) -> bool:
+    """Whether the sparse kernel computes so few scores that it wins; looked into only where queries have many keys."""
+    if not sight.visibility.rules or torch.compiler.is_compiling():
+        return False
+    queries = sight.query.segment
+    if queries.shape[1] < SPARSE_KEYS or sight.pairs < SPARSE_KEYS * queries.numel():
+        return False
+    return entries(sight) <= SPARSE_SHARE * sight.pairs
 
 
 def dense(
@@ -144,11 +164,33 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention as matmul, softmax, matmul."""
     if q.shape[1] != k.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    weights = torch.softmax(scores, -1, dtype=torch.float32)
-    return weights.to(v.dtype) @ v
+    return _Plain.apply(q, k, v, mask)  # pyright: ignore
+
+
+class _Plain(torch.autograd.Function):
+    """Its weights are the only matrix that is kept, in the inputs' precision (the softmax itself works in 32 bits).
+
+    What autograd makes of the same four operations reads and writes four times as much, which is most of the time.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = (q * q.shape[-1] ** -0.5).contiguous(), k.contiguous(), v.contiguous()
+        scores = q @ k.transpose(-1, -2)
+        if mask is not None:
+            scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+        weights = torch.softmax(scores, -1)
+        ctx.save_for_backward(q, k, v, weights)
+        return weights @ v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, given: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore
+        q, k, v, weights = ctx.saved_tensors
+        given = given.contiguous()
+        dv = weights.transpose(-1, -2) @ given
+        slope = torch.ops.aten._softmax_backward_data(given @ v.transpose(-1, -2), weights, -1, weights.dtype)
+        return (slope @ k).mul_(q.shape[-1] ** -0.5), slope.transpose(-1, -2) @ q, dv, None
 
 
 def varlen(

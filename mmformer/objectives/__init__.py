@@ -12,6 +12,7 @@ from mmformer.objectives.momentum import Momentum, MomentumContrastive
 from mmformer.objectives.objective import Meter, Objective
 from mmformer.objectives.qformer import QueryContrastive
 from mmformer.objectives.reconstruct import Reconstruct
+from mmformer.objectives.span import SpanPenalty
 from mmformer.objectives.starting import StartingWith
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Pixels",
     "QueryContrastive",
     "Reconstruct",
+    "SpanPenalty",
     "StartingWith",
     "Words",
     "info_nce",

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmformer.batch import Batch
+from mmformer.metrics.tagging import average_precision_by_class
 from mmformer.model import Encoded, Model
 from mmformer.objectives.objective import Objective
 from mmformer.objectives.ranks import nothing, shared_mean
@@ -120,24 +121,12 @@ class LabelMeter:
         scores, wanted = torch.cat(self.scores or [torch.empty(0, 0)]), torch.cat(self.wanted or [torch.empty(0, 0)])
         if not wanted.numel():
             return {}
-        precisions = [
-            average_precision(scores[known, c], wanted[known, c])
-            for c in range(wanted.shape[1])
-            if (known := ~wanted[:, c].isnan()).any() and (wanted[known, c] > 0).any()
-        ]
+        precisions = average_precision_by_class(scores, wanted)
+        precisions = precisions[~precisions.isnan()]
         known = ~wanted.isnan()
         said, true = (scores > 0)[known], (wanted > 0.5)[known]
         f1 = 2 * int((said & true).sum()) / max(1, int(said.sum() + true.sum()))
-        return {"map": sum(precisions) / max(1, len(precisions)), "f1": f1}
-
-
-def average_precision(scores: Float[Tensor, " n"], wanted: Float[Tensor, " n"]) -> float:
-    """The mean, over the true items, of the share of true items among those scored at least as high."""
-    order = scores.argsort(descending=True, stable=True)
-    scores, true = scores[order], wanted[order] > 0
-    last = torch.searchsorted(-scores, -scores, right=True)  # equal scores share one rank, the last of them
-    hits = true.cumsum(0)[last - 1]
-    return float((hits / last)[true].double().mean())
+        return {"map": float(precisions.mean()) if len(precisions) else 0.0, "f1": f1}
 
 
 class Number(Objective):

@@ -22,22 +22,29 @@ Judge = Callable[[Sequence[int], Sequence[int]], Tensor]
 CHUNK, PAIRS = 1024, 256
 
 
-def match_scores(
+def match_logits(
     model: Model, head: str, tokens: Mapping[str, Tokens], samples: Mapping[str, Sequence[int]], chunk: int = PAIRS
-) -> Float[Tensor, " n"]:
-    """How well the samples of each pair match, by the logit of `head`'s class 1; `chunk` pairs are fused at a time.
+) -> Float[Tensor, "n 2"]:
+    """The logits of `head` for pairs, of which class 1 is that they match; `chunk` pairs are fused at a time.
 
     Pair i is made of sample `samples[name][i]` of the tokens of each modality, as `Model.encode` gives them.
     """
     device, dtype = (p := next(model.parameters())).device, p.dtype
     count = len(next(iter(samples.values())))
-    found = [torch.empty(0, device=device)]
+    found = [torch.empty(0, 2, device=device)]
     with torch.no_grad():
         for start in range(0, count, chunk):
             part = {name: take(tokens[name], chosen[start : start + chunk]) for name, chosen in samples.items()}
             joined = Encoded({name: _on(t, device, dtype) for name, t in part.items()}, min(chunk, count - start))
-            found.append(model.output(joined, head)[0][:, 1].float())
+            found.append(model.output(joined, head)[0].float())
     return torch.cat(found)
+
+
+def match_scores(
+    model: Model, head: str, tokens: Mapping[str, Tokens], samples: Mapping[str, Sequence[int]], chunk: int = PAIRS
+) -> Float[Tensor, " n"]:
+    """How well the samples of each pair match, by the logit of class 1 alone, as ALBEF ranks; see `match_logits`."""
+    return match_logits(model, head, tokens, samples, chunk)[:, 1]
 
 
 def rerank(scores: Float[Tensor, "Q K"], judge: Judge, top: int, share: float = 0.0) -> Float[Tensor, "Q K"]:

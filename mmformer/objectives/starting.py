@@ -29,7 +29,7 @@ class StartingWith(Objective):
         self.objective.prepare(model)
 
     def forward(self, model: Model, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
-        return self.objective(model, *self._read(model, encoded, batch))
+        return self.objective(model, *self.reread(model, encoded, batch))
 
     def advance(self, model: Model) -> None:
         self.objective.advance(model)
@@ -39,12 +39,13 @@ class StartingWith(Objective):
 
     def predict(self, model: Model, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
         """What the objective predicts."""
-        return self.objective.predict(model, *self._read(model, encoded, batch))
+        return self.objective.predict(model, *self.reread(model, encoded, batch))
 
     def meter(self) -> Meter | None:
         return self.objective.meter()
 
-    def _read(self, model: Model, encoded: Encoded, batch: Batch) -> tuple[Encoded, Batch]:
+    def reread(self, model: Model, encoded: Encoded, batch: Batch) -> tuple[Encoded, Batch]:
+        """What is encoded and the batch, with the texts as the objective is to see them."""
         if self.modality not in encoded:
             return encoded, batch
         items = starting_with(batch.inputs[self.modality], self.first)

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from mmformer.metrics.bootstrap import percentile_interval
 from mmformer.report.html import Markup, section, table, tag
 from mmformer.report.results import percent
 from mmformer.report.retrieval import Retrieval, chance
 from mmformer.report.run import Run
 from mmformer.report.show import MEDIA_BYTES, Budget, Media, show
-from mmformer.report.statistics import bootstrap_mean
 from mmformer.report.svg import bar
 
 CUTS = (1, 5, 10)
@@ -31,10 +31,9 @@ def recalls(run: Run) -> Markup:
         ranks = run.retrieval.ranks(direction)
         ranks = ranks[~np.isnan(ranks)]
         sizes[len(ranks)] = None
-        low, high = bootstrap_mean(ranks <= 1)
-        first = float((ranks <= 1).mean())
+        first = percentile_interval(ranks <= 1)
         shares = [percent(float((ranks <= cut).mean())) for cut in CUTS]
-        drawing = bar(first, (low, high), chance(len(ranks), 1))
+        drawing = bar(first.value, (first.low, first.high), chance(len(ranks), 1))
         rows.append([f"{query} \u2192 {key}", f"{len(ranks):,}", *shares, f"{np.median(ranks):,.4g}", drawing])
     for size in sizes:
         shares = [percent(chance(size, cut)) for cut in CUTS]

@@ -3,12 +3,12 @@
 | column | holds |
 |---|---|
 | `id`, `split` | the row of the manifest, and its split |
-| `target`, `prediction` | a label, a list of labels, or a number |
+| `target`, `prediction` | a label, a list of labels, a number, or a list of texts, one for each turn |
 | `prediction_<subset>` | the same from a subset of the modalities (`t`, `ia`, ...); null where the sample lacks one |
 | `confidence` | probability of the predicted label |
 | `probabilities` | of every label, in the order of the labels in the file's metadata; left out above 200 labels |
 | `top` | the five most probable labels with their probabilities |
-| `loss` | cross-entropy, mean binary cross-entropy, or squared error |
+| `loss` | cross-entropy, mean binary cross-entropy, squared error, or the character error rate of texts |
 | `rank_<a>2<b>` | retrieval from one modality to another (`rank_t2i`): at which rank the sample found itself, from 1 |
 | `found_<a>2<b>` | and the five samples that came first, each with its `id` and its `score`, a cosine |
 | `fault` | what of the sample could not be read |
@@ -26,8 +26,9 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
+from mmformer.metrics.text import error_counts
 from mmformer.report.retrieval import Retrieval, Retrieved
 
 FILE = "predictions.parquet"
@@ -35,8 +36,8 @@ MOST_PROBABILITIES = 200
 TOP = 5
 OWN = frozenset({"id", "split", "target", "prediction", "confidence", "probabilities", "top", "loss", "fault"})
 
-Kind = Literal["Classes", "Labels", "Number"]
-"""One label of several, any number of labels, or a number."""
+Kind = Literal["Classes", "Labels", "Number", "Texts"]
+"""One label of several, any number of labels, a number, or texts that were written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,19 @@ class Answers:
     @property
     def answered(self) -> Bool[np.ndarray, " N"]:
         return np.ones(len(self.ids), dtype=bool) if self.present is None else self.present
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """What a model wrote about samples, a text for each turn, beside what is wanted."""
+
+    ids: tuple[str, ...]
+    written: tuple[list[str], ...]
+    wanted: tuple[list[str], ...]
+
+    @property
+    def kind(self) -> Kind:
+        return "Texts"
 
 
 def probabilities(outputs: Float[np.ndarray, "N C"], kind: Kind) -> Float[np.ndarray, "N C"]:
@@ -115,7 +129,7 @@ def wanted(answers: Answers, labels: Sequence[str]) -> list[Any]:
 
 def write_predictions(
     run: Path,
-    answers: Mapping[str, Answers],
+    answers: Mapping[str, Answers] | Mapping[str, Texts],
     labels: Sequence[str] = (),
     rows: Mapping[str, Mapping[str, Any]] | None = None,
     faults: Mapping[str, str] | None = None,
@@ -136,8 +150,12 @@ def write_predictions(
     columns: dict[str, Any] = {"id": list(ids), "split": [split] * len(ids)}
     about: dict[str, Any] = {"directions": {name: (part.query, part.key) for name, part in retrieved.items()}}
     if answers or not retrieved:
-        columns |= _answer_columns(answers, labels)
-        about |= {"kind": answers[""].kind, "labels": labels, "subsets": [s for s in answers if s]}
+        if "" not in answers:
+            raise ValueError(f"answers only for subsets {sorted(answers)}: give those from all modalities too (key '')")
+        full = answers[""]
+        said = {subset: part for subset, part in answers.items() if isinstance(part, Answers)}
+        columns |= _text_columns(full, answers) if isinstance(full, Texts) else _answer_columns(full, said, labels)
+        about |= {"kind": full.kind, "labels": labels, "subsets": [s for s in answers if s]}
     for direction, part in retrieved.items():
         columns |= part.columns(direction, ids)
     columns["fault"] = [(faults or {}).get(id) for id in ids]
@@ -150,10 +168,16 @@ def write_predictions(
     return temporary.replace(run / FILE)
 
 
-def _answer_columns(answers: Mapping[str, Answers], labels: Sequence[str]) -> dict[str, Any]:
-    if "" not in answers:
-        raise ValueError(f"answers only for subsets {sorted(answers)}: those from all modalities (key '') are missing")
-    full = answers[""]
+def _text_columns(full: Texts, answers: Mapping[str, Any]) -> dict[str, Any]:
+    columns: dict[str, Any] = {"target": list(full.wanted)}
+    for subset, part in answers.items():
+        written = dict(zip(part.ids, part.written, strict=True))
+        columns[f"prediction_{subset}" if subset else "prediction"] = [written.get(id) for id in full.ids]
+    counts = [error_counts(*pair).sum(0) for pair in zip(full.written, full.wanted, strict=True)]
+    return columns | {"loss": np.array([edits / max(1, length) for edits, length in counts], dtype=np.float32)}
+
+
+def _answer_columns(full: Answers, answers: Mapping[str, Answers], labels: Sequence[str]) -> dict[str, Any]:
     if full.kind != "Number" and full.outputs.shape[1] != len(labels):
         raise ValueError(f"{full.outputs.shape[1]} outputs but {len(labels)} labels: give one name for each output")
     columns: dict[str, Any] = {"target": wanted(full, labels)}
@@ -213,13 +237,46 @@ class Predictions:
         return self.table.take(pa.array(places, pa.int64())).to_pylist()
 
     def scores(self, subset: str = "") -> Float[np.ndarray, " N"]:
-        """How good each answer is, NaN where there is none: 1 for right and 0 for wrong, or the absolute error."""
+        """How good each answer is, NaN where there is none: 1 for right and 0 for wrong, or the absolute error.
+
+        Of several texts of a sample the share that is right.
+        """
         said = self.column(f"prediction_{subset}" if subset else "prediction")
         out = np.full(len(said), np.nan)
         for i, (answer, target) in enumerate(zip(said, self.column("target"), strict=True)):
             if answer is not None and target is not None:
-                out[i] = abs(answer - target) if self.kind == "Number" else answer == target
+                out[i] = self._score(answer, target)
         return out
+
+    def _score(self, answer: Any, target: Any) -> float:
+        if self.kind == "Texts":
+            return float(np.mean([one == other for one, other in zip(answer, target, strict=True)]))
+        return abs(answer - target) if self.kind == "Number" else float(answer == target)
+
+    def counts(self, metric: str, subset: str = "") -> Int[np.ndarray, "n 2"]:
+        """What a metric of texts divides, of each sample that has any: texts that are right and all of them (`exact`),
+        edits and letters (`cer`), edits and words (`wer`).
+
+        Raises:
+            KeyError: another metric.
+        """
+        count = COUNTED[metric]
+        said = self.column(f"prediction_{subset}" if subset else "prediction")
+        pairs = zip(said, self.column("target"), strict=True)
+        found = [count(written, wanted).sum(0) for written, wanted in pairs if written is not None]
+        return np.array(found, dtype=np.int64).reshape(len(found), 2)
+
+
+def _exact(written: Sequence[str], wanted: Sequence[str]) -> Int[np.ndarray, "n 2"]:
+    return np.array([(one == other, 1) for one, other in zip(written, wanted, strict=True)], dtype=np.int64)
+
+
+def _by_word(written: Sequence[str], wanted: Sequence[str]) -> Int[np.ndarray, "n 2"]:
+    return error_counts([text.split() for text in written], [text.split() for text in wanted])
+
+
+COUNTED = {"exact": _exact, "cer": error_counts, "wer": _by_word}
+"""What each metric of texts divides, of each text."""
 
 
 def read_predictions(run: Path) -> Predictions | None:

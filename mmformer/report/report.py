@@ -56,6 +56,7 @@ def build(run: Run, media: Media) -> Markup:
         results.groups(run),
         results.confusions(run),
         gallery.gallery(run, media),
+        samples.written(run, media),
         samples.errors(run, media),
         samples.data(run),
         samples.faults(run),

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mmformer.metrics.bootstrap import mean, percentile_interval
 from mmformer.report.html import Markup, section, table, tag
-from mmformer.report.predictions import Predictions
+from mmformer.report.predictions import COUNTED, Predictions
 from mmformer.report.retrieval import Retrieval, chance
 from mmformer.report.run import Run
-from mmformer.report.statistics import bootstrap_mean, calibration_error, confusion, majority
+from mmformer.report.statistics import confusion, majority
 from mmformer.report.svg import Series, bar, line_chart
 
 HEADLINES = {
@@ -26,10 +27,15 @@ HEADLINES = {
     "r@5": "recall at 5",
     "r@10": "recall at 10",
     "mean_recall": "mean recall",
+    "exact": "texts written exactly",
+    "wer": "word error rate",
+    "cer": "character error rate",
+    "perplexity": "perplexity",
     "loss": "loss",
 }
 """The metric to lead with: the first of these that a run has."""
 SHARES = frozenset({"acc", "f1", "map", "r@1", "r@5", "r@10", "mean_recall", "precision", "recall", "auroc", "top5"})
+SHARES |= {"exact", "wer", "cer"}
 INITIALS = {"t": "text", "i": "image", "a": "audio", "v": "video"}
 COLORS = {"train": 1, "val": 2, "": 3}
 INPUTS = frozenset({"text", "image", "audio"})
@@ -74,15 +80,24 @@ def headline(run: Run) -> Headline | None:
     return None
 
 
-def interval(predictions: Predictions | None, value: float, subset: str = "") -> tuple[float, float] | None:
-    """The bootstrap interval of a metric; None unless it is the mean of the samples' scores."""
-    if predictions is None:
+def interval(predictions: Predictions | None, name: str, value: float, subset: str = "") -> tuple[float, float] | None:
+    """The bootstrap interval of a metric; None unless it is the mean of the samples' scores, or a metric of texts."""
+    if predictions is None or (subset and subset not in predictions.subsets):
         return None
-    scores = predictions.scores(subset) if not subset or subset in predictions.subsets else np.empty(0)
-    scores = scores[~np.isnan(scores)]
-    if not len(scores) or abs(scores.mean() - value) > 2e-3 * max(abs(value), 1e-9):
+    if predictions.kind == "Texts":
+        rows, statistic = predictions.counts(name, subset) if name in COUNTED else np.empty((0, 2)), _ratio
+    else:
+        rows, statistic = predictions.scores(subset), mean
+        rows = rows[~np.isnan(rows)]
+    if not len(rows) or abs(statistic(rows) - value) > 2e-3 * max(abs(value), 1e-9):
         return None
-    return bootstrap_mean(scores)
+    found = percentile_interval(rows, statistic)
+    return found.low, found.high
+
+
+def _ratio(counts: np.ndarray) -> float:
+    part, whole = counts.sum(0).tolist()
+    return part / whole if whole else 0.0
 
 
 def header(run: Run) -> Markup:
@@ -122,7 +137,7 @@ def duration(seconds: float) -> str:
 
 def _tiles(run: Run, lead: Headline) -> list[Markup]:
     value, said = run.metrics[lead.key], run.predictions
-    sure = interval(said, value)
+    sure = interval(said, lead.name, value)
     note = f" (95\u2009% interval {lead.show(sure[0])} to {lead.show(sure[1])})" if sure else ""
     split = {"test": "test", "val": "validation"}[lead.split]
     tiles = [_tile(lead.show(value), f"{HEADLINES[lead.name.lower()]}, {split}{note}", "tile main")]
@@ -229,7 +244,7 @@ def _bars(run: Run, lead: Headline, rows: Sequence[tuple[str, str, float]], mark
     largest = 1.0 if lead.share else max((value for _, _, value in rows), default=1.0) or 1.0
     cells = []
     for name, subset, value in rows:
-        sure = interval(run.predictions, value, subset)
+        sure = interval(run.predictions, lead.name, value, subset)
         reach = (sure[0] / largest, sure[1] / largest) if sure else None
         scale = 100 if lead.share else 1
         text = f"{sure[0] * scale:.3g}\u00a0\u2013\u00a0{sure[1] * scale:.3g}" if sure else ""
@@ -263,7 +278,7 @@ def _measure(said: Predictions | Retrieval) -> str:
     """What the mean of the samples' scores is called."""
     if isinstance(said, Retrieval):
         return "recall at 1"
-    return "mean absolute error" if said.kind == "Number" else "accuracy"
+    return {"Number": "mean absolute error", "Texts": HEADLINES["exact"]}.get(said.kind, "accuracy")
 
 
 def _natural(value: str) -> tuple[bool, float, str]:
@@ -280,9 +295,10 @@ def _group_table(rows: Iterable[tuple[str, np.ndarray]], measure: str) -> Markup
     largest = max((float(scores.mean()) for _, scores in known), default=1.0) or 1.0 if error else 1.0
     cells = []
     for name, scores in known:
-        mean, (low, high) = float(scores.mean()), bootstrap_mean(scores)
-        text = f"{mean:.4g}" if error else percent(mean)
-        cells.append([name, len(scores), text, bar(mean / largest, (low / largest, high / largest))])
+        found = percentile_interval(scores)
+        text = f"{found.value:.4g}" if error else percent(found.value)
+        drawing = bar(found.value / largest, (found.low / largest, found.high / largest))
+        cells.append([name, len(scores), text, drawing])
     header = ["", "samples", {"mean absolute error": "error", "recall at 1": "R@1"}.get(measure, measure), ""]
     return tag("div", table(header, cells, numeric=(1, 2)), class_="bars")
 
@@ -358,7 +374,13 @@ def calibration(run: Run) -> list[tuple[str, float]]:
     known = ~np.isnan(scores)
     if not known.any():
         return []
-    return [("expected calibration error", calibration_error(confidence[known], scores[known] == 1))]
+    # They import torch, which listing runs does without.
+    import torch
+
+    from mmformer.metrics.calibration import expected_calibration_error, reliability
+
+    found = reliability(torch.from_numpy(confidence[known]), torch.from_numpy(scores[known] == 1))
+    return [("expected calibration error", expected_calibration_error(found))]
 
 
 def numbers(run: Run) -> Markup:

@@ -12,20 +12,21 @@ from mmformer.report.html import Markup, section, table, tag
 from mmformer.report.predictions import Predictions
 from mmformer.report.results import percent
 from mmformer.report.run import Run
-from mmformer.report.show import Budget, Media, cut, show
+from mmformer.report.show import MEDIA_BYTES, Budget, Media, cut, show
 from mmformer.report.svg import bar
 
 CARDS = 12
 MOST_FAULTS = 200
 SHOWN = frozenset({"text", "image", "audio", "label"})
+LOSS = {"Texts": "character error rate"}
+"""What the loss of a sample is called, where it has another name."""
 
 
 def errors(run: Run, media: Media, count: int = CARDS) -> Markup:
     """The samples with the largest loss, each with its picture, text and sound."""
     said = run.predictions
-    if said is None or not len(said):
+    if said is None or said.kind == "Texts" or not len(said):
         return Markup()
-    losses = np.asarray(said.column("loss"), dtype=np.float64)
     scores = said.scores()
     wrong = np.flatnonzero(scores == 0) if said.kind != "Number" else np.flatnonzero(~np.isnan(scores))
     title, note = "Worst errors", f"Of {len(wrong):,} wrong answers, the {{}} with the largest loss."
@@ -34,27 +35,56 @@ def errors(run: Run, media: Media, count: int = CARDS) -> Markup:
     elif not len(wrong):
         wrong = np.flatnonzero(scores == 1)
         title, note = "Hardest samples", "No answer was wrong: the {} right ones with the largest loss."
-    worst = wrong[np.argsort(-losses[wrong], kind="stable")][:count]
-    budget = Budget()
-    cards = [card(row, said, media, budget) for row in said.rows(worst.tolist())]
-    return section(title, tag("div", cards, class_="cards") if cards else None, note=note.format(len(cards)))
+    worst = _worst(said, wrong, count)
+    return section(title, _cards(said, worst, media, MEDIA_BYTES), note=note.format(len(worst)))
+
+
+def written(run: Run, media: Media, count: int = CARDS) -> Markup:
+    """What was written about samples, beside what is wanted: where most letters are wrong, and drawn at random."""
+    said = run.predictions
+    if said is None or said.kind != "Texts" or not len(said):
+        return Markup()
+    wrong = np.flatnonzero(said.scores() < 1)
+    worst, drawn = _worst(said, wrong, count), np.random.default_rng(0).permutation(len(said))[:count]
+    share = MEDIA_BYTES // 2
+    parts = [[tag("h3", "Drawn at random"), _cards(said, np.sort(drawn), media, share)]]
+    if len(worst):
+        parts.append([tag("h3", "The worst"), _cards(said, worst, media, share)])
+    note = f"{len(wrong):,} of {len(said):,} samples have a text that is not as wanted."
+    return section("What was written", parts, note=note)
+
+
+def _worst(said: Predictions, places: np.ndarray, count: int) -> np.ndarray:
+    """Of the samples in these places those of the largest loss."""
+    losses = np.asarray(said.column("loss"), dtype=np.float64)
+    return places[np.argsort(-losses[places], kind="stable")][:count]
+
+
+def _cards(said: Predictions, places: np.ndarray, media: Media, size: int) -> Markup | None:
+    budget = Budget(size)
+    cards = [card(row, said, media, budget) for row in said.rows(places.tolist())]
+    return tag("div", cards, class_="cards") if cards else None
 
 
 def card(row: Mapping[str, Any], said: Predictions, media: Media, budget: Budget) -> Markup:
     """One sample: what it shows and says, what was answered, what is true."""
-    parts = [*(show(row, name, media, budget) for name in ("image", "text", "audio")), *_verdict(row, said)]
+    # the text of a caption is what is wanted, and shown as that
+    names = [name for name in ("image", "text", "audio") if name != "text" or row["target"] != [row.get("text")]]
+    parts = [*(show(row, name, media, budget) for name in names), *_verdict(row, said)]
     others = [f"{n}: {cut(str(row[n]), 40)}" for n in said.extra if n not in SHOWN and row[n] is not None][:6]
     return tag(
         "article",
         parts,
         tag("p", " \u00b7 ".join(others), class_="id") if others else None,
-        tag("p", row["id"], f" \u00b7 loss {row['loss']:.3g}", class_="id"),
+        tag("p", row["id"], f" \u00b7 {LOSS.get(said.kind, 'loss')} {row['loss']:.3g}", class_="id"),
         tag("p", row["fault"], class_="id bad") if row.get("fault") else None,
         class_="card",
     )
 
 
 def _verdict(row: Mapping[str, Any], said: Predictions) -> list[Markup]:
+    if said.kind == "Texts":
+        return [line for pair in zip(row["prediction"], row["target"], strict=True) for line in _compared(*pair)]
     target, answer = _words(row["target"]), _words(row["prediction"])
     right = row["target"] == row["prediction"]
     lines = [
@@ -73,6 +103,13 @@ def _verdict(row: Mapping[str, Any], said: Predictions) -> list[Markup]:
             for guess in row["top"][:3]
         ]
     return lines
+
+
+def _compared(written: str, wanted: str) -> list[Markup]:
+    """A text that was written and, where it is another, the one that is wanted."""
+    right = written == wanted
+    lines = [tag("div", "wrote ", tag("span", cut(written) or "nothing", class_="good" if right else "bad"))]
+    return lines if right else [*lines, tag("div", "is ", tag("span", cut(wanted), class_="good"))]
 
 
 def _words(value: Any) -> str:
@@ -98,7 +135,7 @@ def data(run: Run) -> Markup:
 
 def _labels(run: Run) -> Markup | None:
     said = run.predictions
-    if said is None or said.kind == "Number":
+    if said is None or said.kind in ("Number", "Texts"):
         return None
     targets = [t for t in said.column("target") if t is not None]
     count = Counter(t for target in targets for t in (target if isinstance(target, list) else [target]))

@@ -139,7 +139,8 @@ class Index:
     ) -> list[list[Hit]]:
         """For each query the k best rows whose columns have the values of `where`; fewer where fewer have them.
 
-        `rerank` scores the `depth` best anew, such as the matching head of ALBEF (arXiv 2107.07651, k_test = 128).
+        `rerank` scores the `depth` best anew, such as the matching head of ALBEF (arXiv 2107.07651, k_test = 128; see
+        `mmformer.search.matching`); the others follow as they are.
 
         Raises:
             ValueError: vectors of another model, an unknown column, or scores that are not one for each hit.
@@ -147,7 +148,9 @@ class Index:
         found = self.nearest(queries, max(k, depth) if rerank else k, model=model, where=where, probes=probes)
         hits = [self._hits(rows, scores) for rows, scores in zip(found.rows, found.scores.tolist(), strict=True)]
         if rerank is not None:
-            hits = [_reordered(given, rerank(query, given)) for query, given in enumerate(hits)]
+            best = [given[:depth] for given in hits]
+            anew = [_reordered(given, rerank(query, given) if given else []) for query, given in enumerate(best)]
+            hits = [[*first, *given[depth:]] for first, given in zip(anew, hits, strict=True)]
         return [given[:k] for given in hits]
 
     def nearest(

@@ -11,7 +11,8 @@ import pytest
 
 from mmformer.batch import Batch
 from mmformer.datasets import datamodule
-from mmformer.datasets.datamodule import Loaders, Loading
+from mmformer.datasets.datamodule import Loaders, Loading, vocabulary_facts
+from mmformer.datasets.tokenizers import BPE, ByteTokenizer
 
 LOADING = Loading(batch_size=2, batch_tokens=None, eval_batch_size=2, num_workers=2, timeout=60, pin_memory=False)
 REAL = datamodule._start_worker
@@ -73,3 +74,11 @@ def test_workers_end_when_their_parent_is_killed(when, monkeypatch):
     if alive:
         os.killpg(parent, signal.SIGKILL)
     assert not alive, "a worker outlived its parent by 30 s"
+
+
+def test_the_space_between_words_is_a_fact_where_it_is_an_id_of_its_own():
+    apart, joined = ByteTokenizer(), BPE.train(["a b", "a b a", "b a b"] * 9, vocab_size=270)
+    assert apart.encode("a b")[1] == vocabulary_facts(apart)["space_id"]
+    assert len(joined.encode("a b")) == 2
+    assert vocabulary_facts(joined)["space_id"] is None
+    assert vocabulary_facts(None)["space_id"] is None

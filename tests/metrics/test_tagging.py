@@ -19,7 +19,7 @@ def test_equals_references(dtype: torch.dtype) -> None:
     scores = torch.rand(40, 5).to(dtype)  # bfloat16 has ties
     by_class = average_precision_by_class(scores, targets)
     theirs = [average_precision_score(targets[:, c], scores[:, c].float()) for c in range(5)]
-    torch.testing.assert_close(by_class, torch.tensor(theirs, dtype=torch.float32))
+    torch.testing.assert_close(by_class, torch.tensor(theirs, dtype=torch.float64))
     macro = MultilabelAveragePrecision(num_labels=5)(scores.float(), targets.long())
     torch.testing.assert_close(mean_average_precision(scores, targets), macro.item())
 

@@ -69,7 +69,7 @@ def test_one_stack_judges_and_embeds_as_the_reference_does(systems):
     with torch.inference_mode():
         ids = starting(pairs.ids, ENC)
         judged = reads(ids, pairs.pixels, attention_mask=pairs.mask).itm_score[:, 1]
-        encoded = StartingWith(NextToken("vocabulary"), ENC)._read(model, model.encode(pairs.batch), pairs.batch)[0]
+        encoded = StartingWith(NextToken("vocabulary"), ENC).reread(model, model.encode(pairs.batch), pairs.batch)[0]
         every = list(range(len(pairs.texts)))
         close(match_scores(model, "match", encoded, {"text": every, "image": every}), judged)
         alone = reads(pairs.ids, pairs.pixels, attention_mask=pairs.mask, use_itm_head=False)

@@ -7,7 +7,6 @@ from mmformer.batch import Batch
 from mmformer.heads import Head
 from mmformer.model import Encoded
 from mmformer.objectives import Classes, Labels, Number
-from mmformer.objectives.classify import average_precision
 from tests.helpers import random_batch, scramble, small_model
 
 
@@ -85,11 +84,6 @@ def test_labels_ignore_unknown_ones_and_their_meter_agrees_with_scikit_learn():
     ]
     assert got["map"] == pytest.approx(sum(per_class) / 7)
     assert got["f1"] == pytest.approx(metrics.f1_score(target[known], logits[known] > 0))
-
-
-def test_average_precision_counts_ties_as_scikit_learn_does():
-    scores, wanted = torch.tensor([0.5, 0.5, 0.9, 0.1, 0.5]), torch.tensor([1.0, 0, 0, 1, 1])
-    assert average_precision(scores, wanted) == pytest.approx(metrics.average_precision_score(wanted, scores))
 
 
 def test_number_is_squared_error_on_the_standard_scale_and_predicts_on_the_real_one():

@@ -11,7 +11,7 @@ from torch import nn
 from mmformer.batch import Batch, Ragged
 from mmformer.encoders import Encoder, TextEmbedder, image_patches
 from mmformer.fusion import Fusion
-from mmformer.generation import Beam, Limits, Writer
+from mmformer.generation import Beam, Greedy, Limits, Writer
 from mmformer.heads import VocabularyHead
 from mmformer.model import Model
 from mmformer.nn import Attention, Block, LearnedGrid, Rotary, Transformer
@@ -68,30 +68,61 @@ def written(model: Model, given: Batch, prompts: list[list[int]]) -> list[list[i
 
 
 def rows(ids: torch.Tensor) -> list[list[int]]:
-    return [[id for id in row if id >= 0] for row in ids.tolist()]
+    """The ids of each sample's only turn."""
+    assert ids.shape[1] == 1
+    return [[id for id in row if id >= 0] for (row,) in ids.tolist()]
 
 
 @torch.no_grad()
-def test_a_text_is_written_behind_its_last_start_and_compared_with_what_stood_there():
+def test_each_turn_is_written_behind_the_true_ones_before_it():
     writes = model()
-    prompts = [[5, START, 9, STOP, 7, START], [8, 8, START], [4, START]]
+    prompts = [[5, START], [8, 8, START], [4, START]]
     wanted = written(writes, batch([*prompts]), prompts)
+    second = [*prompts[0], *wanted[0], STOP, 7, START]
+    wanted += written(writes, batch([second, None, [1]]), [second])
     wanted[1] = [*wanted[1][:1], 19]  # one answer is another
-    texts = [[*prompt, *want, STOP] for prompt, want in zip(prompts, wanted, strict=True)]
+    texts = [[*second, *wanted[3], STOP], *([*prompts[i], *wanted[i], STOP] for i in (1, 2))]
     given = batch([*texts, [5, 6, 7], None])  # nothing to answer, and nothing at all
     objective = Generates("vocabulary", LIMITS, start=START)
     encoded = writes.encode(given)
     assert objective(writes, encoded, given) == {}
     found = objective.predict(writes, encoded, given)
-    assert found["present"].tolist() == [True, True, True, False, False]
-    assert rows(found["wanted"])[:3] == wanted
-    assert rows(found["ids"])[:3] == written(writes, batch([*prompts]), prompts)
-    assert rows(found["ids"])[1] != wanted[1]
+    assert found["present"].tolist() == [[True, True], [True, False], [True, False], [False] * 2, [False] * 2]
+    at = [(0, 0), (1, 0), (2, 0), (0, 1)]
+    assert [rows(found["wanted"][row, turn][None, None])[0] for row, turn in at] == wanted
+    said = [rows(found["ids"][row, turn][None, None])[0] for row, turn in at]
+    assert said == written(writes, batch([*prompts]), prompts) + wanted[3:]
+    assert said[1] != wanted[1]
     meter = objective.meter()
     meter.update(found, given)
     meter.update(objective.predict(writes, encoded.only(["image"]), given.only(["image"])), given)
-    assert meter.compute() == {"exact": 2 / 3}
+    assert meter.compute() == {"exact": 3 / 4}
     assert objective.meter().compute() == {}
+
+
+@torch.no_grad()
+def test_a_turn_does_not_see_pictures_that_come_later():
+    writes = model()
+    images = list(torch.randint(0, 256, (2, 4, 8, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8))
+    texts = [[6, START, 9, STOP], [5, START, 4, STOP]]
+
+    def talk(count: int) -> Batch:
+        """A picture and a turn about it, so many times."""
+        held = {
+            "text": Ragged.stack([torch.tensor(ids) for ids in texts[:count]], [0] * count, places=[1, 3][:count]),
+            "image": Ragged.stack(images[:count], [0] * count, 1, places=[0, 2][:count]),
+        }
+        return Batch(ids=("talk",), inputs=held)
+
+    objective = Generates("vocabulary", LIMITS, start=START)
+    whole, first = (objective.predict(writes, writes.encode(talk(n)), talk(n)) for n in (2, 1))
+    assert whole["present"].tolist() == [[True, True]]
+    assert rows(whole["ids"][:, :1]) == rows(first["ids"])
+    last = talk(2)
+    last.inputs["text"] = Ragged.stack([torch.tensor(texts[0]), torch.tensor([5, START])], [0, 0], places=[1, 3])
+    draft = Writer(model=writes).read(last)
+    (found,) = Greedy()(draft, LIMITS)
+    assert rows(whole["ids"][:, 1:]) == [list(found[0].ids)]
 
 
 @torch.no_grad()
@@ -114,7 +145,7 @@ def test_the_wanted_text_may_be_another_input_or_a_target(where):
     objective = Generates("vocabulary", LIMITS, answer="answer", search=Beam(width=2))
     found = objective.predict(writes, writes.encode(given), given)
     assert rows(found["wanted"]) == [[9, 4], [6], []]
-    assert found["present"].tolist() == [True, True, False]
+    assert found["present"].tolist() == [[True], [True], [False]]
     with pytest.raises(KeyError, match="no input or target 'caption'"):
         Generates("vocabulary", LIMITS, answer="caption").predict(writes, writes.encode(given), given)
 

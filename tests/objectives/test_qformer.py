@@ -7,9 +7,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from mmformer.losses.matching import masked
+from mmformer.nn import Memory
 from mmformer.objectives import Matching, NextToken, QueryContrastive, StartingWith
 from mmformer.objectives.space import Space
-from mmformer.tokens import LATENT, modality_id
+from mmformer.objectives.starting import starting_with
+from mmformer.tokens import LATENT, modality_id, to_padded
 from mmformer.visibility import Visibility
 from tests.helpers import random_batch
 from tests.objectives.alignment import SPACE, query_model
@@ -102,6 +104,35 @@ def test_writing_in_one_pass_is_writing_behind_remembered_queries():
         mine = once.x[0][(once.sample()[0] == sample) & queries]
         theirs = alone.x[0][alone.sample()[0] == sample]
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def remembering(model, batch, first, smoothing):
+    """The loss of writing as LAVIS computes it: the queries run first, and the text sees their keys and values."""
+    encoded, memory = model.encode(batch.only(["image"])), Memory("text")
+    model.fusion(encoded, len(batch), CAUSAL, memory)
+    items = starting_with(batch.inputs["text"], first)
+    texts = to_padded(model.encoders["text"](items, len(batch)))
+    spoken = model.fusion.extend("text", texts, memory, CAUSAL)
+    logits = [model.heads["vocabulary"](spoken.x[row, : len(ids) - 1]) for row, ids in items.items()]
+    wanted = [ids[1:] for _, ids in items.items()]
+    return F.cross_entropy(torch.cat(logits), torch.cat(wanted), label_smoothing=smoothing)
+
+
+def test_the_loss_of_writing_and_its_gradients_are_those_of_a_second_pass_over_remembered_queries():
+    model, batch = query_model().double(), random_batch(6, subsets=BOTH)
+    objective = StartingWith(NextToken("vocabulary", smoothing=0.1, visibility=CAUSAL), first=1)
+    loss = objective(model, model.encode(batch), batch)["loss"]
+    expected = remembering(model, batch, 1, 0.1)
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    ours, theirs = (torch.autograd.grad(x, list(model.parameters()), allow_unused=True) for x in (loss, expected))
+    touched = 0
+    for got, want in zip(ours, theirs, strict=True):
+        if want is None:
+            assert got is None or not got.any()
+        else:
+            touched += bool(want.any())
+            assert (got - want).norm() <= 1e-6 * want.norm()
+    assert touched > 50
 
 
 def test_the_three_losses_of_the_first_stage_run_together_and_reach_every_part():

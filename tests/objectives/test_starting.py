@@ -29,7 +29,7 @@ def test_an_objective_reads_the_changed_texts_and_shares_what_others_left():
         assert ids[0] == 7, row
     wanted = inner(model, model.encode(type(batch)(ids=batch.ids, inputs={**batch.inputs, "text": items})), batch)
     torch.testing.assert_close(changed(model, encoded, batch)["loss"], wanted["loss"])
-    again, _ = changed._read(model, encoded, batch)
+    again, _ = changed.reread(model, encoded, batch)
     assert again.shared is encoded.shared
     without = random_batch(4, subsets=[("image",)])
     assert changed(model, model.encode(without), without) == {}

@@ -5,14 +5,16 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from mmformer.datasets.tokenizers import ByteTokenizer
 from mmformer.heads import UnitHead
 from mmformer.model import Model
-from mmformer.objectives import Classes, Contrastive, Number, info_nce
+from mmformer.objectives import CTC, Classes, Contrastive, Generates, Number, info_nce
 from mmformer.report import read_predictions, write_predictions
 from mmformer.report.collect import Collector
 from mmformer.report.predictions import read_retrieval
 from mmformer.training.evaluation import Evaluation
 from tests.helpers import random_batch, small_model
+from tests.objectives import test_generate as writing
 
 LABELS = ["a", "b", "c", "d", "e", "f", "g"]
 
@@ -92,3 +94,37 @@ def test_what_is_retrieved_gives_the_metrics_of_the_meter(tmp_path):
             if found:
                 assert (row["id"] == found[0]["id"]) == (rank == 1)
                 assert [hit["score"] for hit in found] == sorted((hit["score"] for hit in found), reverse=True)
+
+
+def test_what_is_written_gives_the_metrics_of_the_meter_and_is_read_again(tmp_path):
+    """Of two talks, one of them of two turns; each number is an id of the bytes' tokenizer."""
+    writes, decode = writing.model(), ByteTokenizer().decode
+    objective = Generates("vocabulary", writing.LIMITS, start=writing.START)
+    given = writing.batch([[5, 3, 9, 2, 8, 3, 7, 2], [8, 3, 4, 2], [9, 9], None])
+    evaluation = Evaluation({"say": objective}, list(writes.encoders), by_subset=True)
+    collector = Collector({"say": objective})
+    with torch.inference_mode():
+        judged = list(evaluation.judge({"say": objective}, writes, writes.encode(given), given))
+    evaluation.update(judged)
+    for part in [*judged, judged[0]]:  # once more, as in the last batch of several processes
+        collector.update(*part)
+    texts = collector.texts(decode)
+    assert collector.answers() == {}
+    assert texts[""].ids == ("row-0", "row-1")
+    assert texts[""].wanted == ([decode([9]), decode([7])], [decode([4])])
+    write_predictions(tmp_path, texts)
+    said = read_predictions(tmp_path)
+    assert (said.kind, said.labels, set(said.subsets)) == ("Texts", (), {"t", "ti"})
+    assert said.column("prediction") == list(texts[""].written)
+    right, turns = said.counts("exact").sum(0)
+    assert evaluation.compute()["exact"] == right / turns
+    assert turns == 3
+
+
+def test_what_is_heard_is_a_text_too():
+    collector = Collector({"hear": CTC("letters", blank=0)})
+    batch = random_batch(size=3)
+    ids, wanted = torch.tensor([[5, 6, -1], [7, -1, -1], [-1] * 3]), torch.tensor([[5, 6], [8, -1], [-2, -1]])
+    collector.update("hear", "", {"ids": ids, "wanted": wanted}, batch)
+    texts = collector.texts(lambda ids: "".join(map(str, ids)))[""]
+    assert (texts.ids, texts.written, texts.wanted) == (batch.ids[:2], (["56"], ["7"]), (["56"], ["8"]))

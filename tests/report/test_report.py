@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from mmformer.report import Answers, write_predictions, write_report
+from mmformer.report.predictions import Texts
 from mmformer.report.retrieval import Retrieved
-from tests.report.runs import STARTED, picture_file, write_run
+from tests.report.runs import STARTED, picture_file, sound_file, write_run
 
 VOID = {"meta", "img", "br", "line", "rect", "circle"}
 
@@ -224,3 +225,59 @@ def test_a_retrieval_without_predictions_still_has_its_numbers(tmp_path):
     (tmp_path / "metrics.json").write_text(json.dumps({"test/t2i_r@1": 0.5, "test/i2t_r@1": 0.25, "test/loss": 2.0}))
     said = Page(write_report(tmp_path).read_text()).text
     assert "t2i_r@1" in said
+
+
+def captioned(folder: Path, metrics: dict[str, float], turns: int = 1) -> Path:
+    """A run that wrote about forty pictures, in every fifth sample something else than is wanted."""
+    (folder / "a.png").write_bytes(picture_file(3))
+    (folder / "a.wav").write_bytes(sound_file(3))
+    wanted = tuple([f"a dog {i}"] * turns for i in range(40))
+    written = tuple([*texts[:-1], "<b>no</b>" + "!" * i] if i % 5 == 0 else texts for i, texts in enumerate(wanted))
+    ids = tuple(f"s{i}" for i in range(40))
+    said = Texts(ids=ids, written=written, wanted=wanted)
+    part = Texts(ids=ids[:20], written=wanted[:20], wanted=wanted[:20])
+    media = {"image": str(folder / "a.png"), "audio": str(folder / "a.wav")}
+    rows = {id: media | {"text": f"a dog {i}", "style": "ab"[i % 2]} for i, id in enumerate(ids)}
+    write_predictions(folder, {"": said, "i": part}, rows=rows)
+    (folder / "metrics.json").write_text(json.dumps({f"test/{name}": value for name, value in metrics.items()}))
+    return folder
+
+
+def test_a_run_that_writes_is_headed_by_what_it_wrote(tmp_path):
+    run = captioned(tmp_path, {"exact": 0.8, "exact_i": 1.0, "perplexity": 3.0, "loss": 0.9})
+    text = write_report(run).read_text()
+    said = Page(text).text
+    assert "80.0\u2009%\ntexts written exactly, test (95\u2009% interval" in said
+    assert "Texts written exactly by group" in said
+    assert "8 of 40 samples have a text that is not as wanted." in said
+    drawn, worst = text.split('<div class="cards">')[1:]
+    assert [part.count('<article class="card">') for part in (drawn, worst)] == [12, 8]
+    assert worst.count("<img") == worst.count("<audio") == 8
+    shown = re.findall(r'class="id">(s\d+)', worst)
+    assert shown == [f"s{i}" for i in (35, 30, 25, 20, 15, 10, 5, 0)], "the longer text is wrong by more letters"
+    assert "&lt;b&gt;no&lt;/b&gt;" in worst
+    assert ">a dog 35<" in worst
+    assert "<blockquote>" not in worst, "the text of a sample is what is wanted"
+    assert "Worst errors" not in said
+
+
+def test_error_rates_head_the_report_of_speech_with_their_intervals(tmp_path):
+    from mmformer.report import read_predictions
+
+    run = captioned(tmp_path, {})
+    counts = read_predictions(run).counts("wer")
+    rate = counts[:, 0].sum() / counts[:, 1].sum()
+    (run / "metrics.json").write_text(json.dumps({"test/cer": 0.3, "test/wer": rate, "test/loss": 1.0}))
+    said = Page(write_report(run).read_text()).text
+    assert f"{rate * 100:.1f}\u2009%\nword error rate, test (95\u2009% interval" in said
+
+
+def test_every_turn_of_a_talk_is_shown(tmp_path):
+    run = captioned(tmp_path, {"exact": 112 / 120, "loss": 0.9}, turns=3)
+    text = write_report(run).read_text()
+    said = Page(text).text
+    assert "93.3\u2009%\ntexts written exactly, test (95\u2009% interval" in said
+    worst = text.split('<div class="cards">')[2]
+    assert worst.count("wrote ") == 8 * 3
+    assert worst.count(">is ") == 8
+    assert worst.count("<blockquote>") == 8

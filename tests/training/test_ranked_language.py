@@ -13,9 +13,10 @@ from mmformer.batch import Ragged
 from mmformer.encoders import Encoder, MaskVector, mel_patches
 from mmformer.heads import Head, VocabularyHead
 from mmformer.model import Model
-from mmformer.objectives import CTC, Masked, Matching, NextToken, Objective, Pixels, Words
+from mmformer.objectives import CTC, DistilledWords, Masked, Matching, Momentum, NextToken, Objective, Pixels, Words
 from mmformer.objectives.masked import Riddle
 from tests.helpers import random_batch, scramble, small_model
+from tests.objectives.alignment import cross_model
 from tests.objectives.test_language import END, START, dialogue
 from tests.objectives.test_language import model as language_model
 from tests.processes import both
@@ -45,6 +46,15 @@ class First:
         return hidden
 
 
+class Stranger(Momentum):
+    """A teacher that says other things than the model."""
+
+    def prepare(self, model: Model) -> None:
+        super().prepare(model)
+        assert self.model is not None
+        scramble(self.model, seed=5)
+
+
 def guessing() -> Model:
     net = small_model()
     net.encoders["image"].embedder.mask = MaskVector(24)  # pyright: ignore
@@ -71,6 +81,14 @@ def kinds() -> dict[str, tuple[Model, dict[str, Objective], Any]]:
         "masked beside": (
             guessing(),
             {"one": Masked({"text": puzzles["text"]}, needs=["image"], beside=beside)},
+            APART,
+        ),
+        "distilled": (
+            cross_model(),
+            {
+                "momentum": Stranger(0.9, 0.4, 0),
+                "words": DistilledWords(Even("vocabulary", 49, 50, (0, 1)), ["text", "image"]),
+            },
             APART,
         ),
         "letters": (speech(), {"ctc": CTC("letters", blank=49)}, spoken),
