@@ -4,8 +4,11 @@ The whole campaign is `python -m tests.campaign.kill_resume --kills 30`; each tr
 """
 
 import json
+import multiprocessing
 import os
 import signal
+import subprocess
+import time
 from dataclasses import replace
 
 import pytest
@@ -118,6 +121,25 @@ def test_a_signal_saves_the_step_and_says_so(tmp_path, signum, hook):
     assert signal.getsignal(signum) == before
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == (6 if hook == "on_train_batch_start" else 5)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_lets_the_workers_finish_the_step(tmp_path, signum):
+    from pytorch_lightning.callbacks import Callback
+
+    class Send(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 5:
+                pids = [os.getpid(), *(process.pid for process in multiprocessing.active_children())]
+                # by another process: of its parent a worker would know that it means to end it
+                subprocess.run(["kill", f"-{signum.value}", *map(str, pids)], check=True)
+                time.sleep(0.3)  # for a worker that would end by it to do so
+
+    data, module = Toy(workers=1), toy_training()
+    data.setup()
+    with pytest.raises(Interrupted, match=signal.Signals(signum).name):
+        toy_trainer(tmp_path, every_n_steps=100, callbacks=[Send()]).fit(module, datamodule=data)
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 6
 
 
 def test_a_file_called_stop_ends_a_run(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
@@ -58,8 +60,16 @@ class Split(Protocol):
     def num_tokens(self) -> list[int]: ...
 
 
+_WORKERS: WeakSet[Any] = WeakSet()
+
+
 class Loader(DataLoader):
     """Says to Lightning that it can resume; its place is kept by the data module, which knows what was trained on."""
+
+    def _get_iterator(self) -> Any:
+        iterator = super()._get_iterator()
+        _WORKERS.update(getattr(iterator, "_workers", ()))
+        return iterator
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -141,9 +151,22 @@ def _same(batch: Any) -> Batch:
 
 
 def _start_worker(worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the main one decides, and still needs its workers to finish a step.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches every process of the terminal, and a scheduler's SIGTERM every one of the job; the main one
+    # decides, and still needs its workers to finish a step.
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+@atexit.register
+def _kill_workers() -> None:
+    """At the end of the main process, end workers that hang in a decoder: they do not listen to SIGTERM.
+
+    Registered behind multiprocessing's own, so that it comes before: that one waits for its children to end.
+    """
+    for process in multiprocessing.active_children():
+        if process in _WORKERS:
+            process.kill()
 
 
 def _end_with_parent() -> None:
