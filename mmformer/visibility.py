@@ -38,11 +38,12 @@ class Visibility:
     current: bool = False
     patterns: Pattern | Sequence[Pattern] = ()
     _numbers: tuple[tuple[int, tuple[int, ...]], ...] = field(init=False, repr=False, compare=False)
+    _rules: tuple[Pattern, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.window is not None:
-            Window(self.window)  # stops at a window that is none
+        window = () if self.window is None else (Window(self.window),)
         object.__setattr__(self, "patterns", self._patterns)
+        object.__setattr__(self, "_rules", (*window, *self._patterns))
         pairs = self.sees.items() if isinstance(self.sees, Mapping) else self.sees or ()
         object.__setattr__(self, "sees", tuple(sorted((name, tuple(sorted(seen))) for name, seen in pairs)))
         numbers = tuple((modality_id(name), tuple(map(modality_id, seen))) for name, seen in self.sees or ())
@@ -51,12 +52,12 @@ class Visibility:
     @property
     def full(self) -> bool:
         """Whether the rule leaves every key of the segment visible."""
-        return not (self.causal or self.current or self.sees or self.rules)
+        return not (self.causal or self.current) and len(self.sees or ()) + len(self._rules) == 0
 
     @property
     def rules(self) -> tuple[Pattern, ...]:
         """The window and the patterns, all of which must allow what is seen among tokens of one modality."""
-        return self._patterns if self.window is None else (Window(self.window), *self._patterns)
+        return self._rules
 
     @property
     def _patterns(self) -> tuple[Pattern, ...]:
@@ -208,10 +209,11 @@ class Sight:
         """The rule as a closure for FlexAttention."""
         mine, theirs = self.owners
         rule, query, key, last = self.visibility, self.query, self.key, self.last
+        full = rule.full  # compiled code cannot ask whether there are patterns
 
         def seen(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
             same = (mine[b, q] == theirs[b, k]) & (mine[b, q] >= 0)
-            if rule.full:
+            if full:
                 return same
             latest = None if last is None else last[b, q]
             return same & rule.allows(
