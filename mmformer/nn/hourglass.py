@@ -44,16 +44,22 @@ class Hourglass(nn.Module):
         cross_sights: Sights | None = None,
     ) -> Tokens:
         """The tokens after these layers; as a stage, without the rest, all see all."""
-        sights = Sights(tokens, tokens) if sights is None else sights
-        causal = is_causal(sights, "an hourglass", INSTEAD)
-        if causal:
-            check_order(sights, "an hourglass")
+        sights, causal = _ruled(tokens, sights, "an hourglass")
         short = planned(sights, shortened, self.factor, sights.visibility, False)
         pooled = short.sights.query.with_x(short.cells(_means(tokens.x, short.chunks, causal)))
         mixed = _run(self.layers, pooled, context, short.sights)
         size = short.chunks.size
         parts = self.up(self.norm(short.flat(mixed.x))).unflatten(-1, (self.factor, -1))[:, :size]
         return tokens.with_x(tokens.x + short.chunks.join(parts))
+
+
+def _ruled(tokens: Tokens, sights: Sights | None, what: str) -> tuple[Sights, bool]:
+    """The sights, where none are given those of all on all, and whether they are causal; refuses other rules."""
+    sights = Sights(tokens, tokens) if sights is None else sights
+    causal = is_causal(sights, what, INSTEAD)
+    if causal:
+        check_order(sights, what)
+    return sights, causal
 
 
 class Document(nn.Module):
@@ -89,10 +95,7 @@ class Document(nn.Module):
         cross_sights: Sights | None = None,
     ) -> Tokens:
         """The tokens after these layers; as a stage, without the rest, all see all."""
-        sights = Sights(tokens, tokens) if sights is None else sights
-        causal = is_causal(sights, "a document of chunks", INSTEAD)
-        if causal:
-            check_order(sights, "a document of chunks")
+        sights, causal = _ruled(tokens, sights, "a document of chunks")
         short = planned(sights, shortened, self.chunk, sights.visibility, True)
         apart = Tokens(
             x=short.chunks.cut(tokens.x),

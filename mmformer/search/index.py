@@ -241,9 +241,10 @@ class Index:
         return out
 
     def _hits(self, rows: Int[Tensor, " k"], scores: Sequence[float]) -> list[Hit]:
-        kept = rows[rows != NONE]
-        table = self.rows.take(pa.array(kept.numpy())).to_pylist()
-        return [Hit(id=row[ID], score=score, row=row) for row, score in zip(table, scores, strict=False)]
+        found = rows != NONE
+        table = self.rows.take(pa.array(rows[found].numpy())).to_pylist()
+        kept = [score for score, is_hit in zip(scores, found.tolist(), strict=True) if is_hit]
+        return [Hit(id=row[ID], score=score, row=row) for row, score in zip(table, kept, strict=True)]
 
     def _check(self, vectors: Tensor, model: str) -> None:
         if model != self.model:

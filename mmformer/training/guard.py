@@ -16,6 +16,7 @@ from pytorch_lightning.callbacks import Callback
 
 from mmformer.batch import Batch
 from mmformer.datasets.sampler import counter_seed
+from mmformer.training.checkpointing import load_whole
 from mmformer.training.diagnosis import Diagnosis, diagnose, to_plain
 from mmformer.training.module import NonFiniteLoss, Training
 
@@ -77,7 +78,7 @@ class Rollback:
             guard.say(f"{said}; the step is left out, there is no checkpoint to go back to yet")
             return True
         guard.rolled_back += 1
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        state = load_whole(checkpoint)
         module.load_state_dict(state["state_dict"])
         for optimizer, saved in zip(trainer.optimizers, state["optimizer_states"], strict=True):
             rates = [group["lr"] for group in optimizer.param_groups]
@@ -113,6 +114,7 @@ class Guard(Callback):
         self._losses: deque[float] = deque(maxlen=window)
         self._norms: deque[float] = deque(maxlen=window)
         self._batches: list[tuple[int, Batch]] = []
+        self._step = -1
         self._trainer: pl.Trainer | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -121,6 +123,8 @@ class Guard(Callback):
         pl_module.guard = self
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
+        if self._step != trainer.global_step:  # the last step may not have been asked about: fp16's overflows are not
+            self._step, self._batches = trainer.global_step, []
         self._batches.append((batch_idx, batch))
 
     def refuses(self, module: Training, loss: float, norm: float) -> bool:
@@ -180,10 +184,12 @@ class Guard(Callback):
             print(line, flush=True)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"losses": list(self._losses), "rolled_back": self.rolled_back, "row": self.refused_in_a_row}
+        kept = {"losses": list(self._losses), "norms": list(self._norms)}
+        return kept | {"rolled_back": self.rolled_back, "row": self.refused_in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._losses.extend(state_dict["losses"])
+        self._norms.extend(state_dict["norms"])
         self.rolled_back, self.refused_in_a_row = state_dict["rolled_back"], state_dict["row"]
 
 

@@ -114,9 +114,9 @@ class Training(pl.LightningModule):
             assert isinstance(objective, Objective)
             objective.prepare(self.model)
         if self.ema is not None:
-            self.average = Average(self._trained(), self.ema)
+            self.average = Average(self.parts, self.ema)
         self._set_stage(0)
-        if not any(p.requires_grad for p in self._trained().parameters()):
+        if not any(p.requires_grad for p in self.parts.parameters()):
             raise ValueError(
                 "everything is frozen at the first step: say what trains, as in module.finetune.train=[heads.*]"
             )
@@ -154,7 +154,8 @@ class Training(pl.LightningModule):
     @property
     def parts(self) -> nn.ModuleDict:
         """What trains: the model, the objectives and the learned weights of these."""
-        return self._trained()
+        learned = {"weighting": self.weighting} if self.weighting.learned else {}
+        return nn.ModuleDict({"model": self.model, "objectives": self.objectives, **learned})
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The weighted losses of a batch by name."""
@@ -164,13 +165,9 @@ class Training(pl.LightningModule):
         self.size = _size(batch, encoded)
         return self._losses(self.model, objectives, encoded, batch)
 
-    def _trained(self) -> nn.ModuleDict:
-        learned = {"weighting": self.weighting} if self.weighting.learned else {}
-        return nn.ModuleDict({"model": self.model, "objectives": self.objectives, **learned})
-
     def evaluated(self) -> tuple[Model, dict[str, Objective]]:
         """The model and the objectives that are judged and exported: their average where there is one."""
-        parts = self._trained() if self.average is None else self.average.module
+        parts = self.parts if self.average is None else self.average.module
         return parts["model"], dict(parts["objectives"].items())  # pyright: ignore
 
     def exported(self) -> tuple[Model, dict[str, Objective]]:
@@ -265,7 +262,7 @@ class Training(pl.LightningModule):
                 assert isinstance(objective, Objective)
                 objective.advance(self.model)
             if self.average is not None:
-                self.average.update(self._trained(), step)
+                self.average.update(self.parts, step)
         self._record_step(step)
 
     def _record_step(self, step: int) -> None:
@@ -390,11 +387,11 @@ class Training(pl.LightningModule):
         # any schedule of rates goes on for it, and the groups of a resumed run are those of the checkpoint.
         now = self._stage or 0
         self.schedule.set(self.model, self.schedule.last)
-        optimizer = self.make_optimizer(self._trained())
+        optimizer = self.make_optimizer(self.parts)
         self.schedule.set(self.model, now)
         schedule = self.make_schedule(optimizer, self.total_steps)
         if len({group["lr"] for group in optimizer.param_groups}) > 1 or self.schedule != Schedule():
-            _say(f"optimizer:\n{describe_groups(optimizer, self._trained())}")
+            _say(f"optimizer:\n{describe_groups(optimizer, self.parts)}")
             for step, names in self.schedule.later:
                 _say(f"   from step {step}: {len(names)} tensors, such as {min(names)}")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

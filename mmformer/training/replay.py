@@ -32,7 +32,13 @@ def replay(path: Path, config: Mapping[str, Any]) -> Diagnosis:
         objective.prepare(model)
     parts = nn.ModuleDict({"model": model, "objectives": nn.ModuleDict(objectives)})
     weights = {name: value for name, value in saved["weights"].items() if not name.startswith("weighting.")}
-    parts.load_state_dict(weights)
+    try:
+        parts.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} has other weights than the model of the run's config, as adapters make them, so it cannot be"
+            f" computed again; what was found at the time is in {path.with_suffix('.json').name} ({error})"
+        ) from error
     parts.train()
 
     def losses(batch: Batch) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from mmformer.batch import Batch
 from mmformer.objectives import Classes
 from mmformer.objectives.objective import Objective
 from mmformer.training.diagnosis import diagnose, from_plain, to_plain
+from mmformer.training.finetune import Finetune
 from mmformer.training.guard import Guard, Rollback, Skip, Stop, Warn
 from mmformer.training.module import NonFiniteLoss
 from tests.helpers import random_batch, small_model
@@ -47,8 +48,8 @@ class Steps(Callback):
         self.seen.append(digest(pl_module.model))
 
 
-def fit(folder, nonfinite, poison=None, spike=None, steps=14, **options):
-    module = toy_training(ema=0.9)
+def fit(folder, nonfinite, poison=None, spike=None, steps=14, finetune=None, **options):
+    module = toy_training(ema=0.9, finetune=finetune)
     module.objectives["poison"] = poison or Poison()
     guard = Guard(str(folder / "nonfinite"), str(folder / "checkpoints" / "last.ckpt"), nonfinite, spike, **options)
     watch = Steps()
@@ -94,15 +95,16 @@ def test_skipping_for_ever_ends_the_run(tmp_path):
         fit(tmp_path, Skip(limit=3), Always())
 
 
-def test_rolling_back_gives_the_weights_of_the_last_checkpoint(tmp_path, capsys):
-    _, guard, watch = fit(tmp_path, Rollback(), steps=6)
-    said = capsys.readouterr().out
-    if guard.rolled_back:
-        step = int(said.split("back to the weights of step ")[1].split()[0])
-        place = int(said.split(" at step ")[1].split()[0].strip(":;"))
-        assert watch.seen[place] == watch.seen[step - 1]
-    else:
-        assert "no checkpoint to go back to yet" in said
+@pytest.mark.parametrize("freeze", [[], ["encoders.image.*"]])
+def test_rolling_back_gives_the_weights_of_the_last_checkpoint(tmp_path, capsys, freeze):
+    _, guard, watch = fit(tmp_path, Rollback(), finetune=Finetune(freeze=freeze, train=[], unfreeze=[], adapters=None))
+    said = [line for line in capsys.readouterr().out.splitlines() if "back to the weights of step " in line]
+    assert guard.rolled_back == len(said) > 0
+    assert len(set(watch.seen)) > 5
+    kept = [json.loads(path.read_text())["step"] for path in sorted((tmp_path / "nonfinite").glob("*.json"))]
+    places = [place for place in kept if place >= 3]  # from where there is a checkpoint on
+    for place, line in zip(places, said, strict=True):
+        assert watch.seen[place] == watch.seen[int(line.split("back to the weights of step ")[1]) - 1]
 
 
 def test_a_leap_of_the_loss_is_seen_and_no_other_step(tmp_path, capsys):
@@ -129,6 +131,7 @@ def test_a_guard_that_finds_nothing_changes_nothing(tmp_path):
 def test_its_memory_goes_into_the_checkpoint():
     guard, again = (Guard("a", "b", Stop(), Warn(), window=5) for _ in "ab")
     guard._losses.extend([1.0, 2.0])
+    guard._norms.extend([3.0, 4.0])
     guard.rolled_back = 2
     again.load_state_dict(guard.state_dict())
     assert again.state_dict() == guard.state_dict()
