@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -58,32 +58,34 @@ def image_size(value: Any, max_pixels: int) -> tuple[int, int]:
         DecodeError: not a picture, or one of more than `max_pixels`.
     """
     with _picture(value, max_pixels) as image:
-        width, height = image.size
-        return (width, height) if _orientation(image) >= 5 else (height, width)
+        return _seen(image.size, _orientation(image))
 
 
 def decode_image(
-    value: Any, max_pixels: int, reduce_to: int | None = None, channels: int = 3
+    value: Any, max_pixels: int, reduce_to: Callable[[int, int], int] | None = None, channels: int = 3
 ) -> UInt8[Tensor, "height width channels"]:
     """Decode a picture (a source, path, bytes, PIL image, array or tensor) to RGB or, with one channel, grey.
 
     It is turned as its EXIF orientation says, and what is transparent becomes white. Arrays are (height, width),
-    (height, width, channels) or, tensors too, (channels, height, width): uint8, or floats from 0 to 1. A JPEG comes
-    smaller, its sides still at least `reduce_to`, as that takes a fraction of the time.
+    (height, width, channels) or, tensors too, (channels, height, width): uint8, or floats from 0 to 1. `reduce_to` says
+    of a picture's height and width how short its sides may become: a JPEG is decoded to a half, a quarter or an eighth
+    of its size, as that takes a fraction of the time.
 
     Raises:
         DecodeError: not a whole picture, or one of more than `max_pixels`.
     """
     with _picture(value, max_pixels) as image:
         if reduce_to and image.format == "JPEG":
-            image.draft(None, (reduce_to, reduce_to))
+            side = reduce_to(*_seen(image.size, _orientation(image)))
+            image.draft(None, (side, side))
         image.load()  # before anything else may load it: a failed load does not fail a second time
         orientation = _orientation(image)
         pixels = _to_eight_bits(image)
         if pixels.has_transparency_data:
             over = pixels.convert("RGBA")
             pixels = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
-        pixels = pixels.convert("L" if channels == 1 else "RGB")
+        if pixels.mode != (mode := "L" if channels == 1 else "RGB"):  # else it would be copied
+            pixels = pixels.convert(mode)
         if orientation in _TURNED:
             pixels = pixels.transpose(_TURNED[orientation])
         found = torch.from_numpy(np.array(pixels))
@@ -154,6 +156,12 @@ def _image_from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
+def _seen(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """Height and width of a picture once it is turned, of its width and height in the file."""
+    width, height = size
+    return (width, height) if orientation >= 5 else (height, width)
+
+
 def _orientation(image: Image.Image) -> int:
     if image.format == "TIFF":  # turned by Pillow itself
         return 1
@@ -207,7 +215,8 @@ def decode_audio(value: Any, sample_rate: int, max_seconds: float) -> Float[Tens
                 raise DecodeError(f"cut off: {len(samples)} of {expected} samples are there")
     if not np.isfinite(samples).all():
         raise DecodeError(f"{int((~np.isfinite(samples)).sum())} samples are NaN or infinite")
-    waveform = torch.from_numpy(np.ascontiguousarray(samples.mean(axis=1), dtype=np.float32))
+    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
+    waveform = torch.from_numpy(np.ascontiguousarray(mono, dtype=np.float32))
     return waveform if rate == sample_rate else _resample(waveform, rate, sample_rate)
 
 

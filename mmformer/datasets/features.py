@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from mmformer.datasets.decode import audio_length, decode_audio, decode_image, image_size
 from mmformer.datasets.resize import Step
 from mmformer.datasets.sources import DecodeError
+from mmformer.datasets.spectrum import power_spectrum
 from mmformer.datasets.tokenizers import Tokenizer
 
 _FLOOR = 1e-6
@@ -125,10 +126,8 @@ class Picture:
     feature_dims: ClassVar[int] = 1
 
     def __call__(self, value: Any) -> UInt8[Tensor, "height width channels"]:
-        size = image_size(value, self.max_pixels)
-        # A margin of two keeps what the decoder's own reduction loses out of sight, as Pillow's thumbnails do; the
-        # steps of published weights had the whole picture.
-        reduce_to = None if self.steps else 2 * min(self._resized(*size))
+        # The steps of published weights had the whole picture.
+        reduce_to = None if self.steps else lambda height, width: min(self._resized(height, width))
         picture = decode_image(value, self.max_pixels, reduce_to, self.channels)
         if self.steps:
             picture = self._step(picture)
@@ -227,18 +226,9 @@ class LogMel:
     def __call__(self, value: Any) -> Float[Tensor, "frames mels"]:
         waveform = self.waveform(value)
         waveform = F.pad(waveform, (0, self._samples(len(waveform)) - len(waveform)))
-        spectrum = torch.stft(
-            waveform,
-            self._fft,
-            self.hop,
-            self.window,
-            _hann(self.window),
-            center=True,
-            pad_mode="reflect",
-            return_complex=True,
-        )
-        power = torch.view_as_real(spectrum).square().sum(-1)
-        mel = (power.T @ _filters(self._fft // 2 + 1, self.num_mels, self.waveform.sample_rate) + _FLOOR).log()
+        power = power_spectrum(waveform, self._fft, self.hop, self.window)
+        mel = power @ _filters(self._fft // 2 + 1, self.num_mels, self.waveform.sample_rate)
+        mel = mel.add_(_FLOOR).log_()
         if self.frames is not None and len(mel) != self.frames:
             mel = F.interpolate(mel.T[None], self.frames, mode="linear", align_corners=False)[0].T
         if self.normalize:
@@ -268,11 +258,6 @@ class LogMel:
 
 def _to_multiple(side: float, multiple: int) -> int:
     return max(1, round(side / multiple)) * multiple
-
-
-@lru_cache(maxsize=16)
-def _hann(window: int) -> Tensor:
-    return torch.hann_window(window)
 
 
 @lru_cache(maxsize=16)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmformer.datasets.features import Waveform
+from mmformer.datasets.spectrum import power_spectrum
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class WhisperMel:
         waveform = self.waveform(value)
         waveform = _fitted(waveform, self._samples(len(waveform)))
         filters = _slaney_filters(self._fft // 2 + 1, 0.0, 8000.0, self.num_mels, self.waveform.sample_rate)
-        power = _power(waveform, self._fft, self._hop)[:-1]
+        power = power_spectrum(waveform, self._fft, self._hop, self._fft)[:-1]
         logarithm = (power @ filters).clamp(min=1e-10).log10()
         return (torch.maximum(logarithm, logarithm.max() - 8.0) + 4.0) / 4.0
 
@@ -119,7 +120,7 @@ class ClapMel:
         waveform, rate = self.waveform(value), self.waveform.sample_rate
         samples = self._samples
         waveform = _fitted(waveform.repeat(max(1, samples // len(waveform))), samples)
-        power = _power(waveform, self._fft, self._hop)
+        power = power_spectrum(waveform, self._fft, self._hop, self._fft)
         mel = power @ _slaney_filters(self._fft // 2 + 1, self.lowest, self.highest, self.num_mels, rate)
         return 10.0 * mel.clamp(min=1e-10).log10()
 
@@ -135,23 +136,12 @@ class ClapMel:
         return int(self.seconds * self.waveform.sample_rate)
 
 
-def _power(waveform: Float[Tensor, " samples"], fft: int, hop: int) -> Float[Tensor, "frames bins"]:
-    """The power spectrum under a Hann window, mirrored at both ends."""
-    spectrum = torch.stft(waveform, fft, hop, window=_window(fft), return_complex=True)
-    return spectrum.abs().square().T
-
-
 def _fitted(waveform: Float[Tensor, " samples"], length: int) -> Float[Tensor, " length"]:
     return _at_least(waveform, length)[:length]
 
 
 def _at_least(waveform: Float[Tensor, " samples"], length: int) -> Float[Tensor, " longer"]:
     return F.pad(waveform, (0, max(0, length - len(waveform))))
-
-
-@lru_cache(maxsize=16)
-def _window(length: int) -> Float[Tensor, " length"]:
-    return torch.hann_window(length)
 
 
 @lru_cache(maxsize=16)

@@ -35,7 +35,7 @@ def picture(data: bytes, side: int = SIDE) -> Picture:
     """
     from mmformer.datasets.decode import decode_image  # imports torch, which listing runs does without
 
-    pixels = Image.fromarray(decode_image(data, MAX_PIXELS, reduce_to=side).numpy())
+    pixels = Image.fromarray(decode_image(data, MAX_PIXELS, reduce_to=lambda *_: side).numpy())
     small = max(pixels.size) <= SMALL
     pixels.thumbnail((side, side))
     out = io.BytesIO()
