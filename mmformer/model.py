@@ -130,7 +130,7 @@ class Model(nn.Module):
             tokens = self.fuse(encoded)
             assert self.fusion is not None
             pooled = self.fusion.summary(tokens)
-            return pooled, pooled.new_ones(len(pooled)).bool()
+            return pooled, torch.ones_like(pooled[:, 0], dtype=torch.bool)
         if source in self.views:
             view = self.views[source]
             assert isinstance(view, View)

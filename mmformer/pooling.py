@@ -76,12 +76,11 @@ class LastPool(nn.Module):
 
 def _at(tokens: Tokens, place: int) -> Float[Tensor, "N D"]:
     """The token at one place of each sample, counted from the end where it is negative."""
+    if tokens.layout is None:  # padding may stand anywhere in a row, as behind a merge
+        rank = tokens.valid.cumsum(1)
+        here = rank == (place + 1 if place >= 0 else rank[:, -1:] + place + 1)
+        return torch.where((here & tokens.valid)[..., None], tokens.x, 0).sum(1)
     out = tokens.x.new_zeros(tokens.num_samples, tokens.x.shape[-1])
-    if tokens.layout is None:
-        count = tokens.valid.sum(1)
-        index = (place if place >= 0 else count + place) * torch.ones_like(count)
-        row = tokens.x.gather(1, index.clamp(0, tokens.x.shape[1] - 1)[:, None, None].expand(-1, 1, tokens.x.shape[2]))
-        return torch.where((count > index.clamp(min=0))[:, None], row[:, 0], out)
     layout = tokens.layout
     starts, lengths = layout.offsets[:-1], np.asarray(layout.lengths, dtype=np.int64)
     whole = lengths > (place if place >= 0 else -place - 1)

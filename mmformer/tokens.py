@@ -149,7 +149,7 @@ def merge(
     packed = [t for t in streams if t.layout is not None]
     if packed and len(packed) != len(streams):
         raise ValueError(f"{len(packed)} of {len(streams)} streams are packed: pack all of them or none")
-    if len({t.num_samples for t in streams}) != 1:
+    if any(t.num_samples != streams[0].num_samples for t in streams):
         raise ValueError(f"streams of {[t.num_samples for t in streams]} samples: all must come from one batch")
     if not packed:
         return Tokens(

@@ -24,8 +24,13 @@ RANK = {part: rank for rank, parts in enumerate([*MODEL, "training"]) for part i
 DATA = {"datasets"}
 """Imports `batch` only; files mean nothing to the model, so training and what lies above it alone may import it."""
 
+DEVICE = {"runtime"}
+"""Runs without torch, so that it may import those modules of `datasets` alone that do."""
+WITH_TORCH = PACKAGE / "runtime" / "executorch.py"
+"""The one file of it that cannot: ExecuTorch's runtime for Python takes torch's tensors."""
+
 ABOVE = {"checkpoints", "run", "predict", "writing", "judging", "capfilt"}
-ABOVE |= {"report", "export", "compress", "search", "evaluate", "cli"}
+ABOVE |= {"check", "report", "export", "compress", "search", "evaluate", "cli"}
 """Import the model, and nothing below imports them; training saves checkpoints, and may import those."""
 
 HEAVY = {
@@ -90,6 +95,8 @@ def allowed(source: str, target: str) -> bool:
         return True
     if source in DATA:
         return target == "batch"
+    if source in DEVICE:
+        return target in DATA
     if source in RANK:
         if target in RANK:
             return RANK[target] < RANK[source]
@@ -98,8 +105,10 @@ def allowed(source: str, target: str) -> bool:
 
 
 def test_every_part_has_its_place() -> None:
-    unplaced = {part(path) for path in SOURCES} - {"", *RANK, *DATA, *ABOVE}
-    assert not unplaced, f"{unplaced}: say in RANK, DATA or ABOVE who may import it, and in docs/architecture.md"
+    unplaced = {part(path) for path in SOURCES} - {"", *RANK, *DATA, *DEVICE, *ABOVE}
+    assert not unplaced, (
+        f"{unplaced}: say in RANK, DATA, DEVICE or ABOVE who may import it, and in docs/architecture.md"
+    )
 
 
 def test_imports_run_one_way() -> None:
@@ -110,6 +119,18 @@ def test_imports_run_one_way() -> None:
             if package == "mmformer" and rest and part(path) and not allowed(part(path), rest[0]):
                 wrong.append(f"{found.place}: {part(path)} imports {found.module}")
     assert not wrong, "imports against the one direction (docs/architecture.md):\n" + "\n".join(wrong)
+
+
+def test_the_runtime_reaches_no_torch() -> None:
+    """Neither do its files import torch, nor do those that they import, wherever the import stands."""
+    reached = sorted((PACKAGE / "runtime").glob("*.py"))
+    for path in reached:
+        for found in imports(path) if path != WITH_TORCH else ():
+            package, *rest = found.module.split(".")
+            assert package not in {"torch", "torchaudio", "jaxtyping"}, f"{found.place} imports {found.module}"
+            for inner in (ROOT / package / Path(*rest)).with_suffix(".py"), ROOT / package / Path(*rest, "__init__.py"):
+                if package == "mmformer" and rest and inner.exists() and inner not in reached:
+                    reached.append(inner)
 
 
 def test_no_circles_between_parts() -> None:

@@ -16,6 +16,7 @@ from mmformer.cli.chat import chat
 from mmformer.cli.convert import convert
 from mmformer.cli.debug import debug as debugging
 from mmformer.cli.evaluate import evaluate
+from mmformer.cli.export import export
 from mmformer.cli.index import index
 from mmformer.cli.models import models
 from mmformer.cli.predict import predict
@@ -36,7 +37,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (predict, chat, evaluate, probe, report, runs, index, search, capfilt, convert, models):
+for command in (
+    predict,
+    chat,
+    evaluate,
+    probe,
+    report,
+    runs,
+    index,
+    search,
+    capfilt,
+    convert,
+    export,
+    models,
+):
     app.command()(command)
 app.add_typer(debugging, name="debug")
 

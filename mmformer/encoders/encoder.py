@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from mmformer.batch import Ragged
 from mmformer.nn.memory import Memory, by_token
 from mmformer.nn.transformer import Transformer
-from mmformer.tokens import Layout, Tokens, modality_id, segments
+from mmformer.tokens import PADDING, Layout, Tokens, modality_id, segments
 
 
 class Encoder(nn.Module):
@@ -30,6 +30,23 @@ class Encoder(nn.Module):
     def forward(self, items: Ragged, num_samples: int, memory: Memory | None = None) -> Tokens:
         """Tokens of the items; with a `memory`, more of each sample's last item can follow by `extend`."""
         return self._staged(self.embedder(items, num_samples), memory)
+
+    def padded(
+        self, values: Shaped[Tensor, "B ..."], size: Int[Tensor, "B axes"], memory: Memory | None = None
+    ) -> Tokens:
+        """Padded tokens of one item a sample, for export: `values` filled up to one shape, `size` what of it is real.
+
+        A size of 0 stands for a sample that has none. `memory` as in `forward`.
+
+        Raises:
+            TypeError: an embedder that has no padded form.
+        """
+        embedder: Any = self.embedder
+        if not hasattr(embedder, "padded"):
+            raise TypeError(
+                f"{type(embedder).__name__} reads packed items only: give it a method `padded` (docs/new-encoder.md)"
+            )
+        return self._staged(embedder.padded(values, size), memory)
 
     def extend(
         self, ids: Int[Tensor, "B n"], position: Int[Tensor, "B n 3"], segment: Int[Tensor, "B n"], memory: Memory
@@ -87,3 +104,11 @@ def packed(
         segment=segments(layout, x.shape[0], x.device),
         layout=layout,
     )
+
+
+def in_rows(
+    x: Float[Tensor, "B T D"], position: Int[Tensor, "B T 3"], modality: str, valid: Bool[Tensor, "B T"]
+) -> Tokens:
+    """Padded tokens of one modality, a row a sample."""
+    segment = torch.where(valid, 0, PADDING)
+    return Tokens(x=x, modality=torch.full_like(segment, modality_id(modality)), position=position, segment=segment)

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from mmformer.batch import Ragged
-from mmformer.encoders.encoder import packed
+from mmformer.encoders.encoder import in_rows, packed
 from mmformer.nn.position import AXES, StretchedGrid
 from mmformer.tokens import Layout, Tokens, segments
 
@@ -36,9 +37,13 @@ class Normalize(nn.Module):
 class LinearPatches(nn.Module):
     """Cut a plane into patches of `size` and map each linearly (ViT, arXiv 2010.11929)."""
 
+    local = True
+    """Whether a token depends on the pixels under it alone, so that a plane may be filled up behind its end."""
+
     def __init__(self, dim: int, channels: int, size: Sequence[int], bias: bool = True):
         super().__init__()
         self.size = (size[0], size[1])
+        self.steps = ((size[0], size[0]), (size[1], size[1]))  # of each axis, the stride and the reach of a token
         self.linear = nn.Linear(size[0] * size[1] * channels, dim, bias=bias)
 
     def grid(self, height: int, width: int) -> Grid:
@@ -67,8 +72,11 @@ class LinearPatches(nn.Module):
 class StridedPatches(nn.Module):
     """Patches of `size` that overlap or leave gaps, one every `stride` (AST, arXiv 2104.01778)."""
 
+    local = True
+
     def __init__(self, dim: int, channels: int, size: Sequence[int], stride: Sequence[int]):
         super().__init__()
+        self.steps = ((stride[0], size[0]), (stride[1], size[1]))
         self.convolution = nn.Conv2d(channels, dim, (size[0], size[1]), (stride[0], stride[1]))
 
     def grid(self, height: int, width: int) -> Grid:
@@ -94,10 +102,13 @@ class ConvolutionStem(nn.Module):
     joined into one token. Transformers behind such a stem train more easily than behind patches (arXiv 2106.14881).
     """
 
+    local = False  # the norms are over the whole plane
+
     def __init__(self, dim: int, channels: int, widths: Sequence[int], num_columns: int | None = None):
         super().__init__()
         self.num_columns = num_columns
         self.factor = 2 ** len(widths)
+        self.steps = ((self.factor, 1), (self.factor, 1))
         self.layers = nn.Sequential()
         for inside, outside in zip([channels, *widths], widths, strict=False):
             self.layers.append(nn.Conv2d(inside, outside, 3, stride=2, padding=1))
@@ -186,6 +197,42 @@ class PlaneEmbedder(nn.Module):
         if self.class_tokens is not None:
             x, position, lengths = self._with_class_tokens(x, position, lengths)
         return packed(x, position, self.modality, Layout(items.rows, tuple(lengths), num_samples, items.places))
+
+    @property
+    def local(self) -> bool:
+        """Whether items may be filled up behind their end, as no token changes by it."""
+        return self.stem.local and not isinstance(self.position, StretchedGrid)
+
+    def padded(self, values: Shaped[Tensor, "B h w *C"], size: Int[Tensor, "B axes"]) -> Tokens:
+        """Padded tokens of one plane a sample, of which `size` rows and columns are real; 0 stands for none.
+
+        A spectrogram has all of its columns, and a size in rows alone. Unless the embedder is `local`, all planes must
+        be real to their end.
+        """
+        plane = self.normalize(as_planes(values))
+        grid = self.stem.grid(plane.shape[1], plane.shape[2])
+        x = self.stem([plane]).unflatten(0, (plane.shape[0], -1))
+        position, inside = self._cells(grid, size)
+        if isinstance(self.position, StretchedGrid):
+            x = x + self.position(grid)
+        elif self.position is not None:
+            x = x + self.position(position)
+        if self.class_tokens is not None:
+            extra = self.class_tokens().to(x.dtype).expand(x.shape[0], -1, -1)
+            x, position = torch.cat([extra, x], 1), F.pad(position, (0, 0, extra.shape[1], 0))
+            inside = torch.cat([(size > 0).all(1, keepdim=True).expand(-1, extra.shape[1]), inside], 1)
+        return in_rows(x, position.expand(x.shape[0], -1, -1), self.modality, inside)
+
+    def _cells(self, grid: Grid, size: Int[Tensor, "B axes"]) -> tuple[Int[Tensor, "T 3"], Bool[Tensor, "B T"]]:
+        """The positions of a grid's cells, and which of them are real in a plane of which `size` is."""
+        down, across = torch.meshgrid(*(torch.arange(count, device=size.device) for count in grid), indexing="ij")
+        axes = [torch.zeros_like(down)] * 3
+        axes[self.axes[0]] = down
+        axes[self.axes[1]] = axes[self.axes[1]] + across
+        inside = torch.ones(size.shape[0], *grid, dtype=torch.bool, device=size.device)
+        for place, (stride, reach), real in zip((down, across), self.stem.steps, size.unbind(1), strict=False):
+            inside = inside & (place * stride + reach <= real[:, None, None])
+        return torch.stack(axes, -1).flatten(0, 1), inside.flatten(1)
 
     def _masked(self, x: Float[Tensor, "T D"], hidden: Bool[np.ndarray, " U"] | None) -> Float[Tensor, "T D"]:
         if hidden is None:

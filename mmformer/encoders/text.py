@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mmformer.batch import Ragged
-from mmformer.encoders.encoder import packed
+from mmformer.encoders.encoder import in_rows, packed
 from mmformer.tokens import Layout, Tokens
 
 
@@ -25,6 +26,8 @@ class TextEmbedder(nn.Module):
         IndexError: an id outside the vocabulary.
     """
 
+    row: Tensor | None
+
     def __init__(
         self,
         dim: int,
@@ -33,11 +36,13 @@ class TextEmbedder(nn.Module):
         *,
         num_types: int = 0,
         table_dim: int | None = None,
+        rows: int | None = None,
         modality: str = "text",
     ):
         super().__init__()
         self.modality = modality
-        self.table = nn.Embedding(vocab_size, table_dim or dim)
+        self.table = nn.Embedding(rows or vocab_size, table_dim or dim)
+        self.register_buffer("row", torch.arange(vocab_size) % rows if rows else None)
         nn.init.normal_(self.table.weight, std=0.02)
         self.widen = nn.Linear(table_dim, dim, bias=False) if table_dim else nn.Identity()
         self.position = position(dim) if position else None
@@ -51,9 +56,15 @@ class TextEmbedder(nn.Module):
         position = torch.from_numpy(place).to(items.values.device, non_blocking=True)
         return packed(self.vectors(items.values, position), position, self.modality, layout)
 
+    def padded(self, values: Int[Tensor, "B T"], size: Int[Tensor, "B 1"]) -> Tokens:
+        """Padded tokens of texts with a row for each sample, `size` ids long; 0 stands for none."""
+        place = torch.arange(values.shape[1], device=values.device)
+        position = F.pad(place[:, None], (0, 2)).expand(values.shape[0], -1, -1)
+        return in_rows(self.vectors(values, position), position, self.modality, place < size)
+
     def vectors(self, ids: Int[Tensor, "*B"], position: Int[Tensor, "*B 3"]) -> Float[Tensor, "*B D"]:
         """The vectors of ids at their places, which may come one at a time."""
-        x = self.widen(self.table(ids))
+        x = self.widen(self.table(ids if self.row is None else self.row[ids]))
         if self.types is not None:
             x = x + self.types[0]
         return x if self.position is None else x + self.position(position)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mmformer.batch import Ragged
-from mmformer.encoders.encoder import packed
+from mmformer.encoders.encoder import in_rows, packed
 from mmformer.tokens import Layout, Tokens
 
 
@@ -47,10 +49,16 @@ class WaveformConvolutions(nn.Module):
             self.convolutions.append(nn.Conv1d(channels, width, kernel, stride, bias=bias))
             self.norms.append(nn.Identity() if time_norm and self.norms else _norm(width, time_norm))
             channels = width
+        self.local = not time_norm
         self.shapes = [(kernel, stride) for _, kernel, stride in layers]
         self.activation = activation()
         self.norm = norm(channels) if norm else nn.Identity()
         self.linear = nn.Linear(channels, dim)
+
+    @property
+    def stride(self) -> int:
+        """Samples from one token to the next."""
+        return prod(stride for _, stride in self.shapes)
 
     @property
     def reach(self) -> int:
@@ -83,7 +91,8 @@ class FrameConvolutions(nn.Module):
     At both ends the frames are continued by zeros.
     """
 
-    reach = 1
+    local = False  # the second sees what the first makes of the zeros
+    reach, stride = 1, 2
 
     def __init__(self, dim: int, num_mels: int, *, activation: Callable[[], nn.Module] = nn.GELU):
         super().__init__()
@@ -103,7 +112,8 @@ class FrameConvolutions(nn.Module):
 class ReadyVectors(nn.Module):
     """Vectors that something else made, a token each."""
 
-    reach = 1
+    local = True
+    reach = stride = 1
 
     def num_tokens(self, count: int) -> int:
         """As many."""
@@ -132,6 +142,23 @@ class TimeEmbedder(nn.Module):
         super().__init__()
         self.modality, self.stem = modality, stem
         self.position = position(dim) if position else None
+
+    @property
+    def local(self) -> bool:
+        """Whether items may be filled up behind their end, as no token changes by it."""
+        return self.stem.local
+
+    def padded(self, values: Float[Tensor, "B t *C"], size: Int[Tensor, "B 1"]) -> Tokens:
+        """Padded tokens of one item a sample, of which `size` values in time are real; 0 stands for none.
+
+        Unless the embedder is `local`, all items must be real to their end.
+        """
+        x = self.stem(values)
+        place = torch.arange(x.shape[1], device=x.device)
+        position = F.pad(place[:, None], (0, 2)).expand(x.shape[0], -1, -1)
+        if self.position is not None:
+            x = x + self.position(position)
+        return in_rows(x, position, self.modality, place * self.stem.stride + self.stem.reach <= size)
 
     def forward(self, items: Ragged, num_samples: int) -> Tokens:
         lengths = tuple(self.stem.num_tokens(shape[0]) for shape in items.shapes)
