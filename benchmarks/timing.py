@@ -8,11 +8,14 @@ not count. A GPU is timed by the wall clock around a synchronisation.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
@@ -74,17 +77,48 @@ def interleave(title: str, base: str, steps: Mapping[str, Step], rounds: int, de
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds):
         for name in list(steps) if number % 2 == 0 else reversed(list(steps)):
-            start = _now(device)
+            start = now(device)
             steps[name](number)
-            seconds[name].append(_now(device) - start)
+            seconds[name].append(now(device) - start)
     return Timings(title, base, seconds)
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     if device.type == "cpu":
         return time.process_time()
     torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def peak_mb(step: Step, device: torch.device) -> float:
+    """By how many MB (10^6 bytes) memory rises above what was there, in the second of two calls."""
+    if device.type == "cuda":
+        step(0)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step(1)
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    ours, theirs = Pipe()
+    process = get_context("fork").Process(target=_peak, args=(step, theirs))
+    process.start()
+    found = ours.recv()
+    process.join()
+    return found
+
+
+def _peak(step: Step, pipe: Connection) -> None:
+    """In a process of its own: the allocator gives back what it keeps, and the mark of the highest starts anew."""
+    step(0)
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _kib("VmRSS")
+    step(1)
+    pipe.send((_kib("VmHWM") - before) * 1024 / 1e6)
+
+
+def _kib(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def show(found: list[Timings], args: argparse.Namespace) -> None:

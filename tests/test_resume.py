@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mmformer.training.checkpoints import Checkpoints
+from mmformer.training.checkpoints import Checkpoints, other_versions, versions
 from mmformer.training.interruption import Interrupted
 from tests.campaign.kill_resume import CASES, Case, forked, straight, train
 from tests.training.toy import Toy, toy_trainer, toy_training
@@ -162,3 +162,14 @@ def test_no_checkpoint_is_written_within_an_accumulation(tmp_path):
     trainer.fit(module, datamodule=data)
     assert keeper.last_path.is_file()
     assert all((index + 1) % 2 == 0 or index == 4 for index in seen)
+
+
+def test_other_versions_than_those_of_a_checkpoint_are_told_with_both(tmp_path):
+    data, module = Toy(), toy_training()
+    data.setup()
+    toy_trainer(tmp_path, steps=3).fit(module, datamodule=data)
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["versions"] == versions()
+    assert other_versions(saved) == []
+    assert other_versions({"versions": versions() | {"torch": "1.0"}}) == [f"torch 1.0 -> {versions()['torch']}"]
+    assert other_versions({}) == [], "a checkpoint of before there were versions in it"

@@ -8,6 +8,7 @@ from torch import nn
 
 from mmformer.nn.experts import apply
 from mmformer.nn.memory import Memory
+from mmformer.nn.recompute import Recompute
 from mmformer.tokens import Tokens
 from mmformer.visibility import Sights, Visibility
 
@@ -46,6 +47,8 @@ class Transformer(nn.Module):
         self.entry_norm = entry_norm(dim) if entry_norm else nn.Identity()
         self.layers = nn.ModuleList(layers[i % len(layers)](dim) for i in range(depth))
         self.norm = norm(dim) if norm else nn.Identity()
+        self.recompute: Recompute | None = None
+        """Of a training run: what of the layers is computed again rather than kept for the gradient."""
 
     def forward(
         self,
@@ -68,7 +71,8 @@ class Transformer(nn.Module):
         else:
             sights, cross_sights = memory.of(self).sights(tokens, context, rule)
             context = None if cross_sights is None else cross_sights.key
-        for layer in self.layers:
-            for _ in range(self.repeat):
-                tokens = layer(tokens, context, sights, cross_sights)
+        again = self.recompute if self.training else None
+        for number, layer in enumerate(layer for layer in self.layers for _ in range(self.repeat)):
+            inputs = tokens, context, sights, cross_sights
+            tokens = layer(*inputs) if again is None else again(number, layer, *inputs)
         return tokens.with_x(apply(self.norm, tokens))

@@ -13,12 +13,17 @@ from torch import Tensor, nn
 
 from mmformer.batch import Batch, Ragged
 from mmformer.fusion import View
-from mmformer.losses.language import answer_mask, token_loss
+from mmformer.heads import VocabularyHead
+from mmformer.losses.language import answer_mask, linear_token_loss, token_loss
 from mmformer.model import Encoded, Model
 from mmformer.objectives import ranks
 from mmformer.objectives.objective import Objective
 from mmformer.tokens import Layout, Tokens, find
 from mmformer.visibility import Visibility
+
+# From this many scores on, forming them part by part takes at most a twentieth more time, for a fraction of the memory
+# (benchmarks/vocabulary.py).
+MANY_SCORES = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +111,9 @@ class NextToken(Objective):
     def forward(self, model: Model, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
         if self.modality not in encoded:
             return {"loss": ranks.shared_mean(untouched(model.heads[self.head]), 0)} if ranks.active() else {}
-        logits, ids, _ = self.scores(model, encoded, batch)
-        return {"loss": ranks.shared_mean(token_loss(logits, ids, self.smoothing), len(ids))}
+        before, ids, _ = self._trained(model, encoded, batch)
+        total = words_loss(model.heads[self.head], before, ids, self.smoothing)
+        return {"loss": ranks.shared_mean(total, len(ids))}
 
     def scores(
         self, model: Model, encoded: Encoded, batch: Batch
@@ -117,13 +123,20 @@ class NextToken(Objective):
         Raises:
             KeyError: no head of that name.
         """
+        before, ids, sample = self._trained(model, encoded, batch)
+        return model.heads[self.head](before), ids, sample
+
+    def _trained(
+        self, model: Model, encoded: Encoded, batch: Batch
+    ) -> tuple[Float[Tensor, "n D"], Int[Tensor, " n"], Int[Tensor, " n"]]:
+        """What stands before each token that trains, its id, and its sample."""
         if self.head not in model.heads:
             raise KeyError(f"no head {self.head!r}: this model has {sorted(model.heads)}")
         tokens = sequence(model, encoded, self.source, self.visibility)
         text = read(tokens, self.modality, batch.inputs[self.modality])
         chosen = text.trained(self.start, self.end)
         before = tokens.x.flatten(0, 1).index_select(0, text.where[chosen] - 1)
-        return model.heads[self.head](before), text.ids[chosen], text.sample[chosen]
+        return before, text.ids[chosen], text.sample[chosen]
 
     def predict(self, model: Model, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
         """Of each sample's trained tokens, each after the true ones before it.
@@ -146,6 +159,18 @@ class NextToken(Objective):
 
     def meter(self) -> LanguageMeter:
         return LanguageMeter()
+
+
+def words_loss(
+    head: nn.Module, x: Float[Tensor, "n D"], ids: Int[Tensor, " n"], smoothing: float = 0.0
+) -> Float[Tensor, ""]:
+    """`token_loss` of what a head says of each row; of a long vocabulary and many rows without ever having all scores.
+
+    That needs a `VocabularyHead` whose scores are a linear map of its own: one with an adapter is called as it is.
+    """
+    if type(head) is VocabularyHead and type(head.out) is nn.Linear and len(ids) * head.out.out_features >= MANY_SCORES:
+        return linear_token_loss(head.transform(x), head.out.weight, head.out.bias, ids, smoothing)
+    return token_loss(head(x), ids, smoothing)
 
 
 def untouched(part: nn.Module) -> Float[Tensor, ""]:

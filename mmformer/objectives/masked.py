@@ -19,7 +19,7 @@ from mmformer.encoders.patches import PlaneEmbedder, as_planes
 from mmformer.losses.masking import Choice, code_losses, hide_words, patches, pixel_losses, standardized
 from mmformer.model import Encoded, Model
 from mmformer.objectives import ranks
-from mmformer.objectives.language import sequence, untouched
+from mmformer.objectives.language import sequence, untouched, words_loss
 from mmformer.objectives.objective import Objective
 from mmformer.objectives.space import Space
 from mmformer.tokens import Layout, Tokens, find, take
@@ -223,8 +223,7 @@ class Masked(Objective):
         losses = {}
         for name, puzzle in self.puzzles.items():
             if rows:
-                guess = self._guess(model, shown, name, riddles[name])
-                total, count = puzzle.losses(guess, riddles[name].answer).sum(), len(guess)
+                total, count = self._total(model, shown, name, riddles[name]), len(riddles[name].cells)
             else:
                 total, count = untouched(model.heads[puzzle.head]), 0
             losses[name if len(self.puzzles) + len(self.beside) > 1 else "loss"] = ranks.shared_mean(total, count)
@@ -253,13 +252,21 @@ class Masked(Objective):
             shown.shared[Space] = _of_rows(encoded.shared[Space], rows)
         return shown, riddles
 
-    def _guess(self, model: Model, shown: Encoded, name: str, riddle: Riddle) -> Float[Tensor, "m O"]:
-        """What the head says in the places of what is hidden."""
+    def _total(self, model: Model, shown: Encoded, name: str, riddle: Riddle) -> Float[Tensor, ""]:
+        """The sum of the losses of what is hidden."""
+        puzzle, states = self.puzzles[name], self._states(model, shown, name, riddle)
+        head = model.heads[puzzle.head]
+        if isinstance(puzzle, Words):
+            return words_loss(head, states, riddle.answer)
+        return puzzle.losses(head(states), riddle.answer).sum()
+
+    def _states(self, model: Model, shown: Encoded, name: str, riddle: Riddle) -> Float[Tensor, "m D"]:
+        """The tokens in the places of what is hidden."""
         layout = shown[name].layout
         assert layout is not None
         tokens = sequence(model, shown, self.source, self.visibility)
         where = _of_cells(tokens, name, layout, riddle.counts).index_select(0, riddle.cells)
-        return model.heads[self.puzzles[name].head](tokens.x.flatten(0, 1).index_select(0, where))
+        return tokens.x.flatten(0, 1).index_select(0, where)
 
     def predict(self, model: Model, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
         """Of each sample and modality the number of things hidden (`<modality>_count`), and how they were guessed.
@@ -276,7 +283,7 @@ class Masked(Objective):
         shown, riddles = self._hide(model, encoded, batch, rows)
         for name, puzzle in self.puzzles.items():
             riddle = riddles[name]
-            guess = self._guess(model, shown, name, riddle)
+            guess = model.heads[puzzle.head](self._states(model, shown, name, riddle))
             right, losses = puzzle.right(guess, riddle.answer), puzzle.losses(guess, riddle.answer)
             owner = np.repeat([rows[row] for row in riddle.items.rows], riddle.counts)
             sample = torch.from_numpy(owner).to(device)[riddle.cells]

@@ -15,11 +15,15 @@ from urllib.parse import urlparse
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 from pytorch_lightning.loggers import Logger
 
+CLOCKED = "speed/"
+"""What the names of metrics begin with that depend on the clock."""
+
 
 class MetricsCSV(Logger):
     """Metrics as rows (`step, epoch, ...`) of one CSV file; a column that comes later is added to the header.
 
-    `rows` is stored in each checkpoint, and a resumed run goes on after that row.
+    `rows` is stored in each checkpoint, and a resumed run goes on after that row: the file is that of a run that was
+    never stopped, byte for byte. So what depends on the clock is left out; the other trackers have it.
     """
 
     def __init__(self, path: str) -> None:
@@ -66,7 +70,10 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        row: dict[str, Any] = {"step": int(step or 0)} | dict(metrics)
+        kept = {name: value for name, value in metrics.items() if not name.startswith(CLOCKED)}
+        if not kept.keys() - {"epoch"}:
+            return
+        row: dict[str, Any] = {"step": int(step or 0)} | kept
         if new := [name for name in row if name not in self._columns]:
             self._columns += new
             self._write(self._read())

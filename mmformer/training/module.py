@@ -178,7 +178,7 @@ class Training(pl.LightningModule):
     # ------------------------------------------------------------------ training
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        torch.manual_seed(counter_seed(self.seed, "step", self.global_step, batch_idx, self.global_rank))
+        seed_device(counter_seed(self.seed, "step", self.global_step, batch_idx, self.global_rank), self.device)
         if not len(batch) and not ranks.active():
             return self._idle()
         losses = self.losses(batch)
@@ -278,7 +278,7 @@ class Training(pl.LightningModule):
         if metrics and self._norm is not None:
             metrics["train/gradient_norm"] = self._norm
         if metrics:
-            self.record(metrics | {"lr": self.trainer.optimizers[0].param_groups[0]["lr"]}, step)
+            self.record(metrics | {"lr": float(self.trainer.optimizers[0].param_groups[0]["lr"])}, step)
 
     @property
     def _log_every(self) -> int:
@@ -426,6 +426,13 @@ class _Reach(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return gradient, *([None] * ctx.count)
+
+
+def seed_device(seed: int, device: torch.device) -> None:
+    """Seed the generators of the CPU and of one device; torch.manual_seed writes down the call stack for all others."""
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
 
 
 @rank_zero_only

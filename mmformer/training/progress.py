@@ -10,12 +10,13 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
 from rich.progress import BarColumn, Progress, TextColumn
 
-_SMOOTHING = 0.95
+from mmformer.training.throughput import throughput_of
+
 _MOST_METRICS = 8  # the first are the important ones; the others stand in metrics.csv
 
 
 class ProgressLine(ProgressBar):
-    """Step, loss, samples and tokens a second, share of padding, and the time left of the whole training."""
+    """Step, loss, what `Throughput` measures where that is among the callbacks, and the time left of the training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,8 +25,7 @@ class ProgressLine(ProgressBar):
         self._reset()
 
     def _reset(self) -> None:
-        self._seconds = self._samples = self._tokens = self._slots = 0.0
-        self._started = self._before = time.monotonic()
+        self._started = time.monotonic()
         self._first_step = 0
         self._shown: dict[str, float] = {}
 
@@ -45,17 +45,6 @@ class ProgressLine(ProgressBar):
             bar.add_task("training", total=_total(pl_module), line="")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        now = time.monotonic()
-        samples, tokens, slots = pl_module.size
-        keep = _SMOOTHING if self._seconds else 0.0
-        for name, value in (
-            ("_seconds", now - self._before),
-            ("_samples", samples),
-            ("_tokens", tokens),
-            ("_slots", slots),
-        ):
-            setattr(self, name, keep * getattr(self, name) + (1 - keep) * value)
-        self._before = now
         if self._bar is not None:
             self._shown["loss"] = float(trainer.callback_metrics.get("train/loss", float("nan")))
             description = f"epoch {trainer.current_epoch} step {trainer.global_step}"
@@ -65,7 +54,6 @@ class ProgressLine(ProgressBar):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         self._shown |= found
-        self._before = time.monotonic()
         if trainer.state.fn != "fit" or trainer.sanity_checking or not trainer.is_global_zero or not self._enabled:
             return
         metrics = "  ".join(f"{name} {value:.4g}" for name, value in list(found.items())[:_MOST_METRICS])
@@ -76,21 +64,13 @@ class ProgressLine(ProgressBar):
             print(line, flush=True)
 
     def _line(self, trainer: pl.Trainer, bare: bool = False) -> str:
-        seconds = max(self._seconds, 1e-9)
-        padding = 1 - self._tokens / self._slots if self._slots else 0.0
         done = trainer.global_step - self._first_step
-        left = (
-            (time.monotonic() - self._started)
-            / max(done, 1)
-            * max(0, _total(trainer.lightning_module) - trainer.global_step)
-        )
-        shown = (
-            "" if bare else "  ".join(f"{k} {v:.3g}" for k, v in self._shown.items() if k in ("loss", "val/acc")) + "  "
-        )
-        return (
-            f"{shown}{self._samples / seconds:,.0f} samples/s  {self._tokens / seconds:,.0f} tokens/s"
-            f"  padding {padding:.0%}  ETA {_clock(left)}"
-        )
+        left = max(0, _total(trainer.lightning_module) - trainer.global_step)
+        seconds = (time.monotonic() - self._started) / max(done, 1) * left
+        measured = throughput_of(trainer)
+        speed = "" if measured is None or measured.speed is None else f"{measured.speed.line()}  "
+        values = {} if bare else {k: v for k, v in self._shown.items() if k in ("loss", "val/acc")}
+        return "  ".join([*(f"{k} {v:.3g}" for k, v in values.items()), f"{speed}ETA {_clock(seconds)}"])
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop()

@@ -218,3 +218,33 @@ def test_a_sample_does_not_see_its_batch_mates():
     for row in range(len(batch)):
         alone = net.fuse(net.encode(batch.select([row])))
         torch.testing.assert_close(alone.x[0], whole.x[row][whole.valid[row]], rtol=1e-5, atol=1e-5)
+
+
+def test_many_scores_are_never_all_there(monkeypatch):
+    from mmformer.objectives import language
+
+    net, batch = model(), dialogue()
+    objective = NextToken("words", smoothing=0.1)
+    found = []
+    for many in (2**24, 1):
+        monkeypatch.setattr(language, "MANY_SCORES", many)
+        net.zero_grad()
+        loss = objective(net, net.encode(batch), batch)["loss"]
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in net.parameters() if p.grad is not None)])
+    assert "LinearTokenLoss" in str(
+        language.words_loss(net.heads["words"], torch.ones(2, 24), torch.ones(2).long()).grad_fn
+    )
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_with_an_adapter_is_called_as_it_is(monkeypatch):
+    from mmformer.objectives import language
+
+    class Adapted(torch.nn.Linear):
+        """Such as peft's."""
+
+    monkeypatch.setattr(language, "MANY_SCORES", 1)
+    head = VocabularyHead(24, WORDS)
+    head.out = Adapted(24, WORDS)
+    assert "LinearTokenLoss" not in str(language.words_loss(head, torch.ones(2, 24), torch.ones(2).long()).grad_fn)

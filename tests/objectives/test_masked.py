@@ -238,3 +238,19 @@ def test_patches_that_are_dropped_make_the_row_shorter_and_keep_their_places():
     times = fewer.position[0, :, 0].split([5, 3, 1])
     assert all(torch.equal(time, time.sort().values) for time in times)
     assert F.one_hot(fewer.segment[0]).sum(0).tolist() == [5, 3, 1]
+
+
+def test_words_of_a_long_vocabulary_are_scored_part_by_part(monkeypatch):
+    from mmformer.objectives import language
+
+    monkeypatch.setattr(language, "MANY_SCORES", 1)
+    net, batch = model(), random_batch()
+    objective = Masked({"text": Words("words", MASK, 50, SPECIAL, share=0.5)})
+    found = []
+    for many in (1, 2**24):
+        monkeypatch.setattr(language, "MANY_SCORES", many)
+        net.zero_grad()
+        loss = seeded(objective, net, net.encode(batch), batch)["loss"]
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in net.parameters() if p.grad is not None)])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
