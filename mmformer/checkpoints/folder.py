@@ -83,7 +83,7 @@ def exported(run: Mapping[str, Any]) -> dict[str, Any]:
     data = run["data"]
     kept = {name: data[name] for name in ("features", "columns", "references") if name in data}
     parts = {name: run["module"][name] for name in ("model", "objectives")}
-    came = {name: run[name] for name in ("origins",) if run.get(name)}
+    came = {name: run[name] for name in ("origins", "compressed") if run.get(name)}
     return {"task_name": run["task_name"], **parts, "facts": run["facts"], **kept, **came}
 
 

@@ -11,8 +11,10 @@ from typing import Annotated
 import typer
 
 from mmformer import __version__
+from mmformer.cli.bench import bench
 from mmformer.cli.capfilt import capfilt
 from mmformer.cli.chat import chat
+from mmformer.cli.compress import compress
 from mmformer.cli.convert import convert
 from mmformer.cli.debug import debug as debugging
 from mmformer.cli.evaluate import evaluate
@@ -41,6 +43,8 @@ for command in (
     predict,
     chat,
     evaluate,
+    bench,
+    compress,
     probe,
     report,
     runs,

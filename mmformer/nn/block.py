@@ -18,7 +18,8 @@ NormFactory = Callable[[int], nn.Module]
 class FeedForward(nn.Module):
     """Two linear maps with a non-linearity between; `gated` multiplies by a third (GLU variants, arXiv 2002.05202).
 
-    `inner_norm` stands in front of the last map (the sub-LN of Magneto, arXiv 2210.06423).
+    Between them are `hidden` channels, by default `expansion` times as many as `dim`. `inner_norm` stands in front of
+    the last map (the sub-LN of Magneto, arXiv 2210.06423).
     """
 
     def __init__(
@@ -26,13 +27,14 @@ class FeedForward(nn.Module):
         dim: int,
         expansion: float = 4.0,
         *,
+        hidden: int | None = None,
         activation: Callable[[], nn.Module] = nn.GELU,
         gated: bool = False,
         bias: bool = True,
         inner_norm: Callable[[int], nn.Module] | None = None,
     ):
         super().__init__()
-        hidden = round(dim * expansion)
+        hidden = hidden or round(dim * expansion)
         self.gated = gated
         self.up = nn.Linear(dim, hidden * (1 + gated), bias=bias)
         self.activation = activation()

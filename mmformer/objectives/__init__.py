@@ -1,5 +1,6 @@
 """What a model is trained to do."""
 
+from mmformer.objectives.answers import Cache
 from mmformer.objectives.classify import Classes, Labels, Number
 from mmformer.objectives.contrastive import Contrastive, info_nce, sigmoid
 from mmformer.objectives.ctc import CTC
@@ -14,9 +15,14 @@ from mmformer.objectives.qformer import QueryContrastive
 from mmformer.objectives.reconstruct import Reconstruct
 from mmformer.objectives.span import SpanPenalty
 from mmformer.objectives.starting import StartingWith
+from mmformer.objectives.taught import SoftClasses, SoftLabels, SoftNumber, TaughtOutput, TaughtTokens, WithoutSome
+from mmformer.objectives.taught_space import TaughtContrastive, TaughtRelations
+from mmformer.objectives.taught_states import TaughtAttention, TaughtEnergy, TaughtStates
+from mmformer.objectives.teacher import Teacher
 
 __all__ = [
     "CTC",
+    "Cache",
     "Classes",
     "Codes",
     "Contrastive",
@@ -34,8 +40,20 @@ __all__ = [
     "Pixels",
     "QueryContrastive",
     "Reconstruct",
+    "SoftClasses",
+    "SoftLabels",
+    "SoftNumber",
     "SpanPenalty",
     "StartingWith",
+    "TaughtAttention",
+    "TaughtContrastive",
+    "TaughtEnergy",
+    "TaughtOutput",
+    "TaughtRelations",
+    "TaughtStates",
+    "TaughtTokens",
+    "Teacher",
+    "WithoutSome",
     "Words",
     "info_nce",
     "sigmoid",

@@ -1,10 +1,10 @@
 """Weights from elsewhere: `pretrained=PATH_OR_ID`, or `module.model.encoders.image.pretrained=PATH_OR_ID`.
 
-A checkpoint of one's own fills the model that the config describes. One of another library decides the layers too, how
-raw items are read and how texts are cut into words; the run's config decides everything else. What the checkpoint
-decides is written into the config before the data are set up, so that the saved config opens without the checkpoint.
-How items are read (the size of a picture, the bands of a sound) is said wherever it is not what the config had; what
-the command line names stands.
+A checkpoint of one's own fills the model that the config describes; one that was cut (`mmformer compress`) decides its
+layers itself. One of another library decides the layers too, how raw items are read and how texts are cut into words;
+the run's config decides everything else. What the checkpoint decides is written into the config before the data are
+set up, so that the saved config opens without the checkpoint. How items are read (the size of a picture, the bands of a
+sound) is said wherever it is not what the config had; what the command line names stands.
 """
 
 from __future__ import annotations
@@ -112,6 +112,7 @@ def adopt(config: Any, named: Sequence[str] = ()) -> list[Pretrained]:
         if found[0].family.library == OWN:
             _compare_inputs(config, found[0])
             _write_words(config, found[0])
+            _write_compressed(config, found[0])
         else:
             _write_model(config, found[0], named)
     for modality, encoder in list(config.module.model.encoders.items()):
@@ -151,6 +152,15 @@ def _write_model(config: Any, found: Pretrained, named: Sequence[str]) -> None:
             model.fusion = described.model["fusion"]
         for modality in described.model["encoders"]:
             _write_inputs(config, found, modality, named)
+
+
+def _write_compressed(config: Any, found: Pretrained) -> None:
+    """The layers of a model that was cut, which no choice of groups describes; any other fills those of the config."""
+    if compressed := found.described.layout["compressed"]:
+        with open_dict(config):
+            config.module.model = dict(found.described.model)
+            config.compressed = compressed
+        found.notes.append("module.model: as it was cut")
 
 
 def _write_encoder(config: Any, found: Pretrained, named: Sequence[str]) -> Pretrained:

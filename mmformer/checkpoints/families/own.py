@@ -40,6 +40,7 @@ def describe(source: Source, options: Mapping[str, Any]) -> Described:
         layout={
             "start": start,
             "origins": config.get("origins") or [],
+            "compressed": config.get("compressed"),
             "names": {name: [copy for copy, kept in tied.items() if kept == name] for name in names},
         },
         ignored=dict.fromkeys((MODEL + "*", OBJECTIVES + "*"), "the checkpoint has an average of it") if start else {},
