@@ -16,6 +16,7 @@ from mmformer.cli.capfilt import capfilt
 from mmformer.cli.chat import chat
 from mmformer.cli.compress import compress
 from mmformer.cli.convert import convert
+from mmformer.cli.data import data
 from mmformer.cli.debug import debug as debugging
 from mmformer.cli.evaluate import evaluate
 from mmformer.cli.export import export
@@ -57,6 +58,7 @@ for command in (
 ):
     app.command()(command)
 app.add_typer(debugging, name="debug")
+app.add_typer(data, name="data")
 
 
 def _version(asked: bool) -> bool:

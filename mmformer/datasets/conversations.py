@@ -26,6 +26,7 @@ from mmformer.datasets.sources import DecodeError
 from mmformer.datasets.splits import SPLITS
 from mmformer.datasets.tables import ManifestError, as_column, values
 from mmformer.datasets.tokenizers import Tokenizer
+from mmformer.datasets.watchdog import watched
 
 MEDIA = tuple(name for name in MODALITIES if name != "text")
 TURNS = "turns"
@@ -60,19 +61,19 @@ def read_conversations(
     references: Mapping[str, str | None] | None = None,
     split_seed: int = 0,
     allow_outside_root: bool = False,
+    checksums: bool = False,
 ) -> Conversations:
     """Read a .jsonl or .parquet file of conversations, or a folder or .zip that holds one beside its media.
 
     Media are paths from the file's folder, or bytes. `references` maps a modality to `other.parquet:column`, a column
-    of another table whose rows they then name by id.
+    of another table whose rows they then name by id. `checksums` as of `read_manifest`.
 
     Raises:
         ManifestError: no such file or column, or turns that do not fit their media; it names the line and the id.
     """
     unused = dict.fromkeys(("image", "audio", "label"))
-    manifest = read_manifest(
-        path, {"text": TURNS, **unused}, split_seed=split_seed, allow_outside_root=allow_outside_root
-    )
+    options = {"split_seed": split_seed, "allow_outside_root": allow_outside_root, "checksums": checksums}
+    manifest = read_manifest(path, {"text": TURNS, **unused}, **options)
     table = manifest.table
     lists = {name: _lists(manifest, column(name)) for name in MEDIA if column(name) in table.columns}
     turns = [_turns(manifest, row, cell) for row, cell in enumerate(values(table.columns[TURNS]))]
@@ -280,7 +281,8 @@ class ConversationModule(Loaders):
         train = found.manifest.rows("train").tolist()
         tokenizer = self.tokenizer = self._tokenizer(_spoken(found.turns[row] for row in train))
         names = [name for name in self._features if name == "text" or name in found.media]
-        self.features = {name: complete(self._features[name], tokenizer) for name in names}
+        seconds = self.loading.decode_timeout
+        self.features = {name: watched(complete(self._features[name], tokenizer), seconds) for name in names}
         self.marks = Marks(**self._marks) if self._marks else Marks.behind(tokenizer.vocab_size)
         for code, split in enumerate(SPLITS):
             if (found.manifest.split == code).any():

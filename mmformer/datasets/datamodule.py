@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import mmap
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
 from mmformer.batch import Batch
+from mmformer.datasets import blackbox
 from mmformer.datasets.augment import Augment
 from mmformer.datasets.dataset import ManifestDataset
 from mmformer.datasets.features import Feature
@@ -25,13 +27,19 @@ from mmformer.datasets.manifest import Manifest, read_manifest
 from mmformer.datasets.sampler import Batching, BatchSampler
 from mmformer.datasets.splits import SPLITS
 from mmformer.datasets.tokenizers import Tokenizer
+from mmformer.datasets.watchdog import watched
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loading:
     """How batches are made: how large (over all processes), and by how many worker processes.
 
-    `timeout` is in seconds: a worker that hangs in a decoder ends the run with a message instead of silence.
+    `timeout` is in seconds: a worker that hangs in a decoder ends the run with a message instead of silence. With a
+    `decode_timeout` in seconds, files are decoded in processes of their own: one that takes longer, or crashes, costs
+    no more than its item; None decodes in the worker itself.
+
+    Raises:
+        ValueError: a `decode_timeout` that the worker's `timeout` does not leave room for.
     """
 
     batch_size: int | None
@@ -39,7 +47,15 @@ class Loading:
     eval_batch_size: int
     num_workers: int
     timeout: int
+    decode_timeout: float | None
     pin_memory: bool
+
+    def __post_init__(self) -> None:
+        if self.decode_timeout is not None and self.num_workers and self.timeout <= self.decode_timeout:
+            raise ValueError(
+                f"data.loader.timeout={self.timeout} would end the run before data.decode_timeout={self.decode_timeout}"
+                " ends the decoder: raise the first to several times the second"
+            )
 
     def batching(self, split: str, seed: int) -> Batching:
         train = split == "train"
@@ -61,14 +77,24 @@ class Split(Protocol):
 
 
 _WORKERS: WeakSet[Any] = WeakSet()
+_GRACE = 2.0
 
 
 class Loader(DataLoader):
     """Says to Lightning that it can resume; its place is kept by the data module, which knows what was trained on."""
 
+    boxes: Sequence[mmap.mmap] = ()
+
+    def __iter__(self) -> Any:
+        batches = super().__iter__()
+        can_wait = self.timeout and threading.current_thread() is threading.main_thread()
+        return _InTime(batches, self.timeout) if can_wait and hasattr(signal, "setitimer") else batches
+
     def _get_iterator(self) -> Any:
         iterator = super()._get_iterator()
-        _WORKERS.update(getattr(iterator, "_workers", ()))
+        workers = getattr(iterator, "_workers", ())
+        _WORKERS.update(workers)
+        blackbox.assign(workers, self.boxes)
         return iterator
 
     def state_dict(self) -> dict[str, Any]:
@@ -76,6 +102,36 @@ class Loader(DataLoader):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The sampler has been set by `Loaders.load_state_dict`."""
+
+
+class _InTime:
+    """Batches, each of which comes within `seconds` or is given up.
+
+    PyTorch's own timeout does not see all of it: a tensor is handed over by a thread of the worker, which a decoder
+    that holds the interpreter's lock stops too, and that is waited for without end.
+    """
+
+    def __init__(self, batches: Iterator[Any], seconds: float | int):
+        self._batches, self._seconds = batches, seconds
+
+    def __iter__(self) -> _InTime:
+        return self
+
+    def __next__(self) -> Any:
+        handler = signal.signal(signal.SIGALRM, self._give_up)
+        left, every = signal.setitimer(signal.ITIMER_REAL, self._seconds + _GRACE)
+        try:
+            return next(self._batches)
+        except RuntimeError as error:
+            if "DataLoader worker" in str(error):  # the handler of SIGCHLD would raise the same once more, anywhere
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            raise
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, left, every)  # whoever else waits has to wait a little longer
+            signal.signal(signal.SIGALRM, handler)
+
+    def _give_up(self, *_: Any) -> None:
+        raise RuntimeError(f"DataLoader timed out after {self._seconds:g} seconds")
 
 
 class Loaders(pl.LightningDataModule):
@@ -117,7 +173,8 @@ class Loaders(pl.LightningDataModule):
             sampler.resume_at(*self._place)
             self._place = (0, 0)
         workers = self.loading.num_workers
-        return Loader(
+        boxes = blackbox.boxes(workers)
+        loader = Loader(
             self.splits[split],  # pyright: ignore[reportArgumentType]
             batch_sampler=sampler,
             collate_fn=_same,
@@ -125,8 +182,10 @@ class Loaders(pl.LightningDataModule):
             persistent_workers=workers > 0,
             timeout=self.loading.timeout if workers else 0,
             pin_memory=self.loading.pin_memory,
-            worker_init_fn=_start_worker,
+            worker_init_fn=partial(_begin, boxes),
         )
+        loader.boxes = boxes
+        return loader
 
     def train_dataloader(self) -> Loader:
         return self._loader("train")
@@ -148,6 +207,12 @@ class Loaders(pl.LightningDataModule):
 
 def _same(batch: Any) -> Batch:
     return batch
+
+
+def _begin(boxes: Sequence[mmap.mmap], worker: int) -> None:
+    if boxes:
+        blackbox.carry(boxes[worker])
+    _start_worker(worker)
 
 
 def _start_worker(worker: int) -> None:
@@ -231,7 +296,8 @@ class DataModule(Loaders):
         names = [name for name in self._features if name in manifest.modalities]
         if any(isinstance(self._features[name], partial) for name in names):
             self.tokenizer = self._tokenizer(_texts(manifest))
-        self.features = {name: complete(self._features[name], self.tokenizer) for name in names}
+        seconds = self.loading.decode_timeout
+        self.features = {name: watched(complete(self._features[name], self.tokenizer), seconds) for name in names}
         self.targets = {name: manifest.read_target(name, kind) for name, kind in self._targets.items()}
         for split in (split for split in SPLITS if counts[split]):
             augment = self._augment if split == "train" else None

@@ -12,11 +12,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mmformer.batch import Batch, Fault, Ragged
+from mmformer.datasets import blackbox
 from mmformer.datasets.augment import Augment
 from mmformer.datasets.features import Feature
+from mmformer.datasets.integrity import unchecked
 from mmformer.datasets.labels import Target
 from mmformer.datasets.manifest import ABSENT, Manifest
-from mmformer.datasets.sources import DecodeError
+from mmformer.datasets.sources import DecodeError, Source
 
 Key = tuple[int, int]
 """An epoch and an index into the split."""
@@ -117,7 +119,7 @@ class ManifestDataset:
         for i in np.flatnonzero(codes >= 0):
             # Reading a broken one reports why; until then it only counts for nothing.
             with suppress(DecodeError):
-                value = _value(self.manifest, feature, name, int(self.rows[first[i]]))
+                value = _header(self.manifest, feature, name, int(self.rows[first[i]]))
                 sizes[i] = 0 if value is None else feature.tokens(feature.shape(value))
         return sizes[place]
 
@@ -144,6 +146,9 @@ class ManifestDataset:
         key = name, int(self._codes[name][index])
         if key in self._cache.items:
             return self._cache.items[key]
+        if blackbox.carried():
+            row = int(self.rows[index])
+            blackbox.note(f"row {self.manifest.id(row)!r}, {self.manifest.where(name, row)}")
         try:
             value = _value(self.manifest, self.features[name], name, int(self.rows[index]))
             held = None if value is None else self.features[name](value)
@@ -176,7 +181,8 @@ class _Cache:
         return self.limit <= 0
 
     def add(self, key: tuple[str, int], item: Tensor | str) -> None:
-        if not self.full:
+        # A reason is kept all the same, or a file that hangs its decoder would do so every epoch.
+        if not self.full or isinstance(item, str):
             self.items[key] = item
             self.limit -= item.nbytes if isinstance(item, Tensor) else len(item)
 
@@ -236,7 +242,7 @@ def scan(manifest: Manifest, features: Mapping[str, Feature], split: str | None 
 def _broken(manifest: Manifest, feature: Feature, name: str, row: int) -> str | None:
     """Why a cell cannot be read: "" for white space, None for one that can, as far as its header tells."""
     try:
-        value = _value(manifest, feature, name, row)
+        value = _header(manifest, feature, name, row)
         if value is None:
             return ""
         feature.shape(value)
@@ -254,6 +260,12 @@ def _empty(manifest: Manifest, rows: Sequence[int], faults: Sequence[Fault]) -> 
 
 def _value(manifest: Manifest, feature: Feature, name: str, row: int) -> Any:
     return manifest.source(name, row) if feature.from_file else manifest.text(row, name)
+
+
+def _header(manifest: Manifest, feature: Feature, name: str, row: int) -> Any:
+    """The value of a cell of which only the header is read."""
+    value = _value(manifest, feature, name, row)
+    return unchecked(value) if isinstance(value, Source) else value
 
 
 def _fault(manifest: Manifest, name: str, row: int, reason: str) -> Fault:

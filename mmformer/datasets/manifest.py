@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
 
+from mmformer.datasets.integrity import CheckedSource, key, read_checksums, sidecar
 from mmformer.datasets.labels import MISSING_CLASS, Kind, Target, read_target
 from mmformer.datasets.sources import BytesSource, DecodeError, Root, Source
 from mmformer.datasets.splits import SPLITS, TRAIN, split_by_fold, split_by_hash, split_by_name
@@ -87,7 +88,8 @@ class Manifest:
     """The rows of a data set. Nothing is decoded, and a cell becomes a Python value only when it is asked for.
 
     `inputs` holds the cells of each modality, `split` the split of each row as an index into SPLITS. `notes` say what
-    was inferred, for the user to check.
+    was inferred, for the user to check. With `checksums`, the sha256 of each file by its name in `sums`, every source
+    compares what it reads.
     """
 
     path: Path
@@ -97,6 +99,7 @@ class Manifest:
     inputs: Mapping[str, Cells]
     label: Target | None = None
     notes: tuple[str, ...] = ()
+    checksums: Mapping[str, str] | None = None
 
     def __len__(self) -> int:
         return len(self.split)
@@ -133,12 +136,23 @@ class Manifest:
             raise ManifestError(f"{self.path}: split {split!r} has no row ({counts}): check its split column")
         return found
 
+    @property
+    def sums(self) -> Path:
+        """Where the checksums of the files are kept."""
+        return sidecar(self.path, self.table.name)
+
     def source(self, modality: str, index: int) -> Source | None:
         """Where the bytes of a cell are; None where it is empty.
 
         Raises:
             DecodeError: the cell names a row that is not there, or a file that is outside the manifest's root.
         """
+        found = self._source(modality, index)
+        if found is None or self.checksums is None:
+            return found
+        return CheckedSource(found, self.checksums.get(key(found, self.sums)))
+
+    def _source(self, modality: str, index: int) -> Source | None:
         cells = self.inputs[modality]
         value = cells[index]
         held = value
@@ -208,6 +222,7 @@ def read_manifest(
     label_names: Sequence[str] | None = None,
     split_seed: int = 0,
     allow_outside_root: bool = False,
+    checksums: bool = False,
 ) -> Manifest:
     """Read a .csv, .tsv, .jsonl or .parquet table, or a folder or .zip that holds one beside its files.
 
@@ -216,6 +231,7 @@ def read_manifest(
     `references` maps a modality to `other.csv:column`, a column of another manifest (from this one's folder): the
     cells are ids of its rows. With a `fold`, the split column (or else one called `fold`) holds folds, of which that
     one tests and the next validates. `kind` and `label_names` fix what the labels are, which is inferred without.
+    With `checksums`, every file is compared with its sha256 in the file that `mmformer data check --checksums` wrote.
 
     Raises:
         ManifestError: no such file or column, double ids, a split or label that is none; it says what to write.
@@ -250,9 +266,10 @@ def read_manifest(
     held = [*(used[role] for role in used if role in inputs or role in ("id", "split")), label.column if label else ""]
     unused = [name for name in table.columns if name not in held]
     notes += [f"columns not used: {', '.join(unused)}"] if unused else []
-    return Manifest(
+    manifest = Manifest(
         path=path, table=table, ids=as_column(ids), split=split, inputs=inputs, label=label, notes=tuple(notes)
     )
+    return replace(manifest, checksums=read_checksums(manifest.sums)) if checksums else manifest
 
 
 def _columns(path: Path, table: Table, wanted: Mapping[str, str | None]) -> dict[str, str]:

@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning.loggers import WandbLogger
 
 from mmformer.checkpoints import save_model
+from mmformer.datasets.blackbox import last_words
 from mmformer.report.collect import Collector, report_test
 from mmformer.run.compilation import compile_layers
 from mmformer.run.config import changes, drop_absent, missing
@@ -30,11 +31,12 @@ from mmformer.run.grafts import Graft, graft
 from mmformer.run.launch import UserError, command, named_keys
 from mmformer.run.pretrained import Pretrained, adopt
 from mmformer.run.summary import final_table, parameters_line
+from mmformer.run.teachers import open_teachers
 from mmformer.run.tracking import log_results
 from mmformer.training.checkpointing import clean, load_whole, newest_whole
-from mmformer.training.checkpoints import Checkpoints
+from mmformer.training.checkpoints import Checkpoints, other_versions
 from mmformer.training.interruption import Interrupted
-from mmformer.training.memory import keep_freed_memory
+from mmformer.training.memory import keep_freed_memory, ran_out
 from mmformer.training.module import Training
 from mmformer.training.precision import check_precision, fast_matmul
 from mmformer.training.quiet import silence
@@ -84,6 +86,8 @@ class Run:
             self._lock.release()
         if "wandb" in sys.modules:  # a sweep goes on in this process
             sys.modules["wandb"].finish()
+        if isinstance(error, Exception) and (said := last_words(error) or ran_out(error)):
+            raise UserError(said) from error
 
     def _resume_command(self) -> str:
         return command(f"resume={_short(self.folder)}")
@@ -107,6 +111,10 @@ class Run:
         if self.checkpoint is None:
             return
         state = load_whole(self.checkpoint)
+        for line in other_versions(state):
+            _say(
+                f"warning: changed since {self.checkpoint.name}: {line}: the run may go on otherwise than it would have"
+            )
         allowed, refused = changes(state.get("hyper_parameters", {}), plain)
         for line in [*allowed, *refused]:
             _say(f"changed since {self.checkpoint.name}: {line}")
@@ -153,6 +161,8 @@ class Run:
         for line in graft(module.model, [Graft(**one) for one in plain["grafts"]]):
             _say(line)
         with _in_one_line():
+            for line in open_teachers(module.objectives.values(), plain, data.tokenizer):
+                _say(line)
             module.prepare()
         if config.extras.compile:
             compile_layers(module.model)

@@ -87,11 +87,16 @@ def write_whole(
         _sync_folder(path.parent)
         return hashing.digest
     except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free / 1e6 if path.parent.is_dir() else 0
-        kept = f"the earlier {path.name} is intact" if path.exists() else f"there is no earlier {path.name}"
-        raise CheckpointError(f"could not write {path} ({error}; {free:.0f} MB free): {kept}") from error
+        raise _unwritten(path, temporary, error) from error
+
+
+def _unwritten(path: Path, temporary: Path, error: Exception) -> CheckpointError:
+    """What to say of a file that could not be written; what there is of it is removed."""
+    with suppress(OSError):
+        temporary.unlink(missing_ok=True)
+    free = shutil.disk_usage(path.parent).free / 1e6 if path.parent.is_dir() else 0
+    kept = f"the earlier {path.name} is intact" if path.exists() else f"there is no earlier {path.name}"
+    return CheckpointError(f"could not write {path} ({error}; {free:.0f} MB free): {kept}")
 
 
 def read_sums(folder: Path) -> list[tuple[str, str]]:
@@ -181,13 +186,23 @@ def newest_whole(folder: Path, say: Callable[[str], None] = lambda line: print(l
 
 
 def keep_previous(path: Path) -> None:
-    """Let `previous.ckpt` name what `path` holds now, without a moment in which `path` is absent."""
+    """Let `previous.ckpt` name what `path` holds now, without a moment in which `path` is absent.
+
+    Raises:
+        CheckpointError: disk full, no permission, a failing disk; both files are intact.
+    """
     if not path.is_file():
         return
-    temporary = path.with_name(".previous.ckpt.tmp")
-    temporary.unlink(missing_ok=True)
+    previous, temporary = path.with_name("previous.ckpt"), path.with_name(".previous.ckpt.tmp")
     try:
-        os.link(path, temporary)
-    except OSError:  # a filesystem without hard links
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, path.with_name("previous.ckpt"))
+        # After a kill before the next save both are one file already, and renaming one to the other would do nothing.
+        if previous.exists() and previous.samefile(path):
+            return
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:  # a filesystem without hard links
+            shutil.copyfile(path, temporary)
+        os.replace(temporary, previous)
+    except OSError as error:
+        raise _unwritten(previous, temporary, error) from error

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +147,24 @@ class Checkpoints(Checkpoint):
         self.best_score, self._validated_at = state_dict["best_score"], state_dict["validated_at"]
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        checkpoint["versions"] = versions()
         _settle(checkpoint["loops"]["fit_loop"], self._validation, trainer.global_step)
+
+
+@lru_cache(maxsize=1)
+def versions() -> dict[str, str]:
+    """The versions of what decides the numbers of a run."""
+    found = {}
+    for name in ("mmformer", "torch", "pytorch-lightning"):
+        with suppress(PackageNotFoundError):  # run from a checkout that is not installed
+            found[name] = version(name)
+    return found
+
+
+def other_versions(checkpoint: Mapping[str, Any]) -> list[str]:
+    """What has another version than when a checkpoint was written, as `torch 2.13.0 -> 2.14.1`."""
+    now = versions()
+    return [f"{n} {old} -> {now[n]}" for n, old in checkpoint.get("versions", {}).items() if now.get(n, old) != old]
 
 
 def _is_trial(trainer: Any) -> bool:

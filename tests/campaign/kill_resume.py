@@ -17,16 +17,23 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from pytorch_lightning.callbacks import Callback
 
+from mmformer.model import Model
+from mmformer.objectives.objective import Objective
+from mmformer.training.adapters import Lora
 from mmformer.training.checkpointing import newest_whole
+from mmformer.training.finetune import Finetune
 from mmformer.training.module import Training
-from tests.training.toy import Toy, result, toy_trainer, toy_training
+from tests.campaign.trials import Outcome, attempt, folder, part
+from tests.training.toy import Toy, result, toy_model, toy_trainer, toy_training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +122,118 @@ def trial(folder: Path, case: Case, kills: list[float]) -> tuple[dict[str, Any],
     if not (folder / "result.json").is_file() and (status := forked(lambda: train(folder, case, workers))):
         raise RuntimeError(f"going on failed with status {status}: {case}, killed after {kills}")
     return json.loads((folder / "result.json").read_text()), hits
+
+
+class KillAt:
+    """Kills the process itself in one of the hooks of a step; `callback()` is what a trainer takes."""
+
+    def __init__(self, hook: str, step: int) -> None:
+        self.hook, self.step = hook, step
+
+    def callback(self) -> Any:
+        def kill(this: Any, trainer: Any, *args: Any, **kwargs: Any) -> None:
+            if trainer.global_step == self.step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return type("Kill", (Callback,), {self.hook: kill})()
+
+
+def adapted(ema: float | None) -> Training:
+    """The toy with LoRA, its other weights frozen and written once."""
+    lora = Lora(rank=4, alpha=8, dropout=0.1, targets=("*.layers.*",))
+    return toy_training(ema, finetune=Finetune(freeze=["*"], train=["heads.*"], unfreeze=[], adapters=lora))
+
+
+def thawing(ema: float | None) -> Training:
+    """The toy whose encoder of pictures trains from the fourth step on."""
+    unfreeze = [{"step": 4, "patterns": ["encoders.image.*"]}]
+    return toy_training(ema, finetune=Finetune(freeze=["encoders.image.*"], train=[], unfreeze=unfreeze, adapters=None))
+
+
+def taught(ema: float | None) -> Training:
+    """The toy with a teacher of other weights, whose answers it distils."""
+    module = toy_training(ema)
+    torch.manual_seed(11)
+    teacher = toy_model()
+    module.objectives["taught"] = Distilled(teacher)
+    return module
+
+
+class Distilled(Objective):
+    """The divergence from what a frozen model answers, which the checkpoint keeps with the rest."""
+
+    def __init__(self, teacher: Model) -> None:
+        super().__init__()
+        self.teacher = teacher.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Distilled:
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, model: Model, encoded: Any, batch: Any) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            wanted, _ = self.teacher.output(self.teacher.encode(batch), "answer")
+        said, _ = model.output(encoded, "answer")
+        return {"loss": torch.nn.functional.kl_div(said.log_softmax(-1), wanted.softmax(-1), reduction="batchmean")}
+
+
+BOUNDARIES = 24
+KINDS = (
+    Case(make=taught),
+    Case(make=adapted, every_n_steps=2),
+    Case(make=thawing, ema=0.9),
+    Case(make=taught, workers=2, workers_after=0, accumulate=2, steps=8),
+)
+
+
+def trials(share: float, seed: int) -> Iterator[Outcome]:
+    """112: each boundary of 24 steps with 0 and 2 workers, 40 random moments, 8 of several kills, 16 other runs."""
+    draw = random.Random(seed)
+    known: dict[Case, tuple[dict[str, Any], float]] = {}
+    with folder("K1") as root:
+
+        def whole(case: Case) -> tuple[dict[str, Any], float]:
+            if case not in known:
+                known[case] = straight(_new(root / f"whole-{len(known)}"), case)
+            return known[case]
+
+        def at_step(case: Case, step: int, place: Path) -> str | None:
+            status = forked(lambda: train(place, case, case.workers, [KillAt("on_train_batch_start", step).callback()]))
+            if not os.WIFSIGNALED(status):
+                return f"was not killed (status {status})"
+            return _compared(whole(case)[0], *trial(place, case, []))
+
+        def at_times(case: Case, kills: int, place: Path) -> str | None:
+            expected, seconds = whole(case)
+            return _compared(expected, *trial(place, case, [draw.uniform(0, seconds) for _ in range(kills)]))
+
+        made: list[tuple[str, Callable[[Path], str | None]]] = []
+        for workers in (0, 2):
+            case = Case(workers=workers, workers_after=workers, steps=BOUNDARIES)
+            for step in part(range(BOUNDARIES), share):
+                made.append((f"{workers} workers, step {step}", partial(at_step, case, step)))
+        for i in part(range(40), share):
+            case = CASES[i % len(CASES)]
+            made.append((f"at random {i}: {case}", partial(at_times, case, 1)))
+        for i in part(range(8), share):
+            made.append((f"{2 + i % 2} kills {i}", partial(at_times, CASES[i % len(CASES)], 2 + i % 2)))
+        for i in part(range(8), share):
+            before, after = ((0, 2), (2, 0), (1, 2), (2, 1))[i % 4]
+            case = Case(workers=before, workers_after=after)
+            made.append((f"workers {before} to {after}, step {2 + i}", partial(at_step, case, 2 + i)))
+        for i in part(range(8), share):
+            case = KINDS[i % len(KINDS)]
+            made.append((f"{case.make.__name__}, step {3 + i // 2}", partial(at_step, case, 3 + i // 2)))
+        for i, (name, work) in enumerate(made):
+            place = _new(root / f"trial-{i}")
+            yield attempt(name, partial(work, place))
+            shutil.rmtree(place)
+
+
+def _compared(expected: dict[str, Any], found: dict[str, Any], hits: int) -> str | None:
+    wrong = [key for key in expected if found.get(key) != expected[key]]
+    return f"different after it went on: {', '.join(wrong)}" if wrong else None
 
 
 def main(kills: int, seed: int) -> int:

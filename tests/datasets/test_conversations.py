@@ -243,7 +243,15 @@ def test_chat_tells_what_does_not_fit():
 
 def module(path: Path, **options) -> ConversationModule:
     features = {"text": partial(Text, max_length=200), "image": FEATURES["image"], "audio": FEATURES["audio"]}
-    loading = Loading(batch_size=2, batch_tokens=None, eval_batch_size=4, num_workers=0, timeout=60, pin_memory=False)
+    loading = Loading(
+        batch_size=2,
+        batch_tokens=None,
+        eval_batch_size=4,
+        num_workers=0,
+        timeout=60,
+        decode_timeout=None,
+        pin_memory=False,
+    )
     given = {"conversations": partial(read_conversations, str(path)), "features": features,
              "tokenizer": WordTokenizer.train, "augment": None, "marks": None, "loading": loading, "options": {},
              "seed": 0} | options  # fmt: skip

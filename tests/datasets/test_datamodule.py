@@ -14,7 +14,9 @@ from mmformer.datasets import datamodule
 from mmformer.datasets.datamodule import Loaders, Loading, vocabulary_facts
 from mmformer.datasets.tokenizers import BPE, ByteTokenizer
 
-LOADING = Loading(batch_size=2, batch_tokens=None, eval_batch_size=2, num_workers=2, timeout=60, pin_memory=False)
+LOADING = Loading(
+    batch_size=2, batch_tokens=None, eval_batch_size=2, num_workers=2, timeout=60, decode_timeout=None, pin_memory=False
+)
 REAL = datamodule._start_worker
 
 

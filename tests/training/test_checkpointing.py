@@ -137,6 +137,22 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_kill_between_previous_and_last_leaves_nothing_behind(tmp_path):
+    save(tmp_path / "last.ckpt", 1)
+    for _ in range(3):
+        keep_previous(tmp_path / "last.ckpt")
+        assert sorted(p.name for p in tmp_path.iterdir()) == [SUMS, "last.ckpt", "previous.ckpt"]
+
+
+def test_a_disk_that_fails_while_the_previous_is_kept_is_named(tmp_path, monkeypatch):
+    save(tmp_path / "last.ckpt", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(FULL))
+        with pytest.raises(CheckpointError, match=r"could not write .*previous\.ckpt .* MB free\)"):
+            keep_previous(tmp_path / "last.ckpt")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [SUMS, "last.ckpt"]
+
+
 def test_previous_names_the_one_before(tmp_path):
     path = tmp_path / "last.ckpt"
     for n in (1, 2, 3):

@@ -77,6 +77,7 @@ class Toy(Loaders):
             eval_batch_size=16,
             num_workers=workers,
             timeout=60,
+            decode_timeout=None,
             pin_memory=False,
         )
         super().__init__(loading, seed=3)
